@@ -1,0 +1,188 @@
+"""Every check of a configuration that needs no data: each failure is one line that names the key and quotes the numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from neva_jax.config import (
+    COMPONENTS,
+    Config,
+    ModelConfig,
+    frozen_components,
+    head_dim,
+    image_tokens,
+    kv_heads,
+    padded_vocab,
+)
+from neva_jax.errors import UserError
+
+
+def check(config: Config) -> None:
+    """Every contradiction that can be seen without data, tokenizer or devices.
+
+    Raises:
+      UserError: one line that names the key and quotes the numbers.
+    """
+    for name in ("run.dir", "model.tokenizer", "data.train"):
+        if not _get(config, name):
+            raise UserError(f"{name} is not set; give it in --config or as {name}=…")
+    _check_ranges(config)
+    _check_model(config.model)
+    _check_training(config)
+    _check_files(config)
+
+
+def check_mesh(config: Config, sizes: dict[str, int]) -> int:
+    """Checks batch and model sizes against the mesh; returns A, the number of accumulated micro batches per step.
+
+    Raises:
+      UserError: a dimension does not divide over its axis, with both numbers.
+    """
+    train, tensor = config.train, sizes["tensor"]
+    rows = train.micro_batch * sizes["data"] * sizes["fsdp"]
+    if train.global_batch % rows:
+        raise UserError(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
+            f"{sizes['data'] * sizes['fsdp']} data-parallel groups (data={sizes['data']}, fsdp={sizes['fsdp']}) = {rows}"
+        )
+    llm, vision = config.model.llm, config.model.vision
+    over_tensor = {
+        "model.llm.num_heads": llm.num_heads,
+        "model.llm.num_kv_heads": kv_heads(llm),
+        "model.llm.intermediate_size": llm.intermediate_size,
+        "model.vision.num_heads": vision.num_heads,
+        "model.vision.intermediate_size": vision.intermediate_size,
+    }
+    for name, size in over_tensor.items():
+        if size % tensor:
+            raise UserError(f"{name}={size} is not divisible by the mesh axis tensor={tensor}")
+    if llm.vocab_size is not None and padded_vocab(llm) % tensor:
+        raise UserError(
+            f"model.llm.vocab_size={padded_vocab(llm)} (padded) is not divisible by the mesh axis tensor={tensor}; "
+            f"set model.llm.vocab_multiple to a multiple of {tensor}"
+        )
+    for name, size in {"model.llm.hidden_size": llm.hidden_size, "model.vision.hidden_size": vision.hidden_size}.items():
+        if size % sizes["fsdp"]:
+            raise UserError(f"{name}={size} is not divisible by the mesh axis fsdp={sizes['fsdp']}")
+    return train.global_batch // rows
+
+
+def _get(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+_AT_LEAST_ONE = """
+    train.steps train.micro_batch train.global_batch train.unroll train.loss_chunk data.max_length data.images_per_row
+    checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
+    model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
+    model.vision.num_layers model.vision.num_heads model.llm.vocab_size model.llm.vocab_multiple model.llm.hidden_size
+    model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim
+""".split()
+_NOT_NEGATIVE = """
+    run.seed data.workers optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps
+    optimizer.weight_decay data.max_bad_fraction
+""".split()
+_ABOVE_ZERO = "optimizer.eps optimizer.clip_norm model.vision.norm_eps model.llm.norm_eps model.llm.init_std".split()
+
+
+def _check_ranges(config: Config) -> None:
+    for name in _AT_LEAST_ONE:
+        if (value := _get(config, name)) is not None and value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    for name in _NOT_NEGATIVE:
+        if not _get(config, name) >= 0:  # `not >=` also catches NaN
+            raise UserError(f"{name}={_get(config, name)} must not be negative")
+    for name in _ABOVE_ZERO:
+        if (value := _get(config, name)) is not None and not value > 0:
+            raise UserError(f"{name}={value} must be above 0")
+    for name in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= _get(config, name) < 1:
+            raise UserError(f"{name}={_get(config, name)} must be in 0 … 1, 1 excluded")
+    for split in ("train", "val"):
+        for i, source in enumerate(getattr(config.data, split)):
+            if not source.weight > 0:
+                raise UserError(f"data.{split}[{i}].weight={source.weight} must be above 0")
+
+
+def _check_model(model: ModelConfig) -> None:
+    vision, llm = model.vision, model.llm
+    if vision.image_size % vision.patch_size:
+        raise UserError(
+            f"model.vision.image_size={vision.image_size} is not divisible by model.vision.patch_size={vision.patch_size}"
+        )
+    if vision.hidden_size % vision.num_heads:
+        raise UserError(
+            f"model.vision.hidden_size={vision.hidden_size} is not divisible by "
+            f"model.vision.num_heads={vision.num_heads}"
+        )
+    if not -vision.num_layers <= vision.select_layer <= -1:
+        raise UserError(
+            f"model.vision.select_layer={vision.select_layer} must lie in -{vision.num_layers} … -1 "
+            f"for model.vision.num_layers={vision.num_layers}"
+        )
+    for name in ("image_mean", "image_std"):
+        if len(getattr(vision, name)) != 3:
+            raise UserError(f"model.vision.{name} needs 3 numbers, one for each channel, not {getattr(vision, name)}")
+    if llm.head_dim is None and llm.hidden_size % llm.num_heads:
+        raise UserError(
+            f"model.llm.hidden_size={llm.hidden_size} is not divisible by model.llm.num_heads={llm.num_heads}; "
+            "change one or set model.llm.head_dim"
+        )
+    if head_dim(llm) % 2:
+        raise UserError(f"model.llm.head_dim={head_dim(llm)} is odd; rotary embedding pairs its halves")
+    if llm.num_heads % kv_heads(llm):
+        raise UserError(
+            f"model.llm.num_heads={llm.num_heads} is not divisible by model.llm.num_kv_heads={kv_heads(llm)}"
+        )
+    frozen = frozen_components(model)
+    if len(frozen) == len(COMPONENTS):
+        raise UserError("model.*.freeze: vision, projector and llm are all frozen; nothing would be trained")
+    if frozen and model.init_from is None and not model.allow_random_frozen:
+        raise UserError(
+            f"model.init_from is not set, but {' and '.join(frozen)} would stay frozen at random weights; "
+            "name a checkpoint, or set model.allow_random_frozen=true"
+        )
+
+
+def _check_training(config: Config) -> None:
+    optimizer, train = config.optimizer, config.train
+    if config.precision.compute.startswith("fp8"):
+        raise UserError(f"precision.compute={config.precision.compute}: FP8 is not available yet; use bf16 or fp32")
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if optimizer.warmup_steps + optimizer.constant_steps > train.steps:
+        raise UserError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} + optimizer.constant_steps={optimizer.constant_steps} "
+            f"exceed train.steps={train.steps}"
+        )
+    if train.global_batch % train.micro_batch:
+        raise UserError(
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}"
+        )
+    tokens = image_tokens(config.model.vision)
+    if config.data.max_length <= tokens:
+        raise UserError(
+            f"data.max_length={config.data.max_length} leaves no room for text: one image takes {tokens} tokens "
+            f"(model.vision.image_size={config.model.vision.image_size}, patch_size={config.model.vision.patch_size})"
+        )
+    if config.checkpoint.contents == "trained" and config.model.init_from is None and frozen_components(config.model):
+        raise UserError(
+            "checkpoint.contents=trained would lose the frozen random weights; use full, or set model.init_from"
+        )
+
+
+def _check_files(config: Config) -> None:
+    if not Path(config.model.tokenizer).is_file():
+        raise UserError(f"model.tokenizer={config.model.tokenizer}: no such file")
+    if config.model.init_from is not None and not Path(config.model.init_from).is_dir():
+        raise UserError(f"model.init_from={config.model.init_from}: no such directory")
+    for split in ("train", "val"):
+        for i, source in enumerate(getattr(config.data, split)):
+            if not Path(source.json).is_file():
+                raise UserError(f"data.{split}[{i}].json={source.json}: no such file")
+            if source.images is not None and not Path(source.images).is_dir():
+                raise UserError(f"data.{split}[{i}].images={source.images}: no such directory")
+    if Path(config.run.dir).exists() and not Path(config.run.dir).is_dir():
+        raise UserError(f"run.dir={config.run.dir} is a file; name a directory")

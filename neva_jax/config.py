@@ -1,0 +1,436 @@
+"""The configuration: its schema, and how a file and overrides become one `Config`.
+
+A run is described by one YAML file plus `section.key=value` overrides. Both are merged into the frozen dataclasses
+below by OmegaConf, so an unknown key or a wrong type cannot pass. `docs/configuration.md` is generated from them.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from neva_jax.errors import UserError
+
+
+def key(default: Any, doc: str) -> Any:
+    """A field of the schema with its default and the sentence that documents it."""
+    if isinstance(default, list | tuple):
+        return field(default_factory=lambda: list(default), metadata={"doc": doc})
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it starts."""
+
+    dir: str | None = key(None, "Directory of the run: config, metrics, plots and checkpoints are written here.")
+    seed: int = key(1234, "Seed of the data order and of every random initialisation.")
+    resume: Literal["auto", "never", "must"] = key(
+        "auto",
+        "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` refuses to start without one; "
+        "`never` refuses to start with one.",
+    )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The CLIP vision transformer. The defaults are ViT-L/14 at 224 px."""
+
+    image_size: int = key(224, "Side of the square image that the encoder sees, in pixels.")
+    patch_size: int = key(14, "Side of a patch, in pixels.")
+    hidden_size: int = key(1024, "Width of the encoder.")
+    intermediate_size: int = key(4096, "Width inside the MLP.")
+    num_layers: int = key(24, "Number of transformer layers.")
+    num_heads: int = key(16, "Number of attention heads.")
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = key("quick_gelu", "Activation of the MLP.")
+    norm_eps: float = key(1e-5, "Epsilon of the layer norms.")
+    select_layer: int = key(-2, "Whose output feeds the projector: -1 is the last layer, -2 the one before it.")
+    image_mean: list[float] = key([0.48145466, 0.4578275, 0.40821073], "Mean of each channel, for values in 0..1.")
+    image_std: list[float] = key([0.26862954, 0.26130258, 0.27577711], "Standard deviation of each channel.")
+    freeze: bool = key(True, "Keep the encoder's weights as they are.")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The projector from image features to the language model's embeddings."""
+
+    kind: Literal["linear", "mlp2x_gelu"] = key("mlp2x_gelu", "`linear` (LLaVA 1.0, NeVA) or `mlp2x_gelu` (LLaVA 1.5).")
+    freeze: bool = key(False, "Keep the projector's weights as they are.")
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """The Llama language model. The defaults are Llama-2 7B."""
+
+    vocab_size: int | None = key(None, "Number of token ids; null takes the tokenizer's size.")
+    vocab_multiple: int = key(
+        1, "The embedding's rows are padded up to a multiple of this (NeVA: 128 x tensor size); padded ids never win."
+    )
+    hidden_size: int = key(4096, "Width of the residual stream.")
+    intermediate_size: int = key(11008, "Width inside the SwiGLU MLP.")
+    num_layers: int = key(32, "Number of transformer layers.")
+    num_heads: int = key(32, "Number of query heads.")
+    num_kv_heads: int | None = key(None, "Number of key and value heads (NeMo: num_query_groups); null: num_heads.")
+    head_dim: int | None = key(None, "Width of a head; null: hidden_size / num_heads.")
+    rope_base: float = key(10000.0, "Base of the rotary position embedding.")
+    norm_eps: float = key(1e-5, "Epsilon of the RMS norms.")
+    tie_embeddings: bool = key(False, "Use the input embedding as the output head.")
+    init_std: float = key(0.02, "Standard deviation of random weights (NeMo: init_method_std).")
+    freeze: bool = key(False, "Keep the language model's weights as they are.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model and where its starting weights come from."""
+
+    tokenizer: str | None = key(None, "SentencePiece model file.")
+    init_from: str | None = key(
+        None, "Checkpoint (a run's directory or one of its steps) that supplies the starting weights; null: random."
+    )
+    allow_random_frozen: bool = key(
+        False, "Permit frozen parts without weights from `model.init_from`: they stay random, as in the quickstart."
+    )
+    attention: Literal["auto", "xla", "cudnn"] = key(
+        "auto", "Attention kernel; `auto` takes cuDNN for bf16 on an NVIDIA GPU and XLA elsewhere."
+    )
+    vision: VisionConfig = key(VisionConfig, "")
+    projector: ProjectorConfig = key(ProjectorConfig, "")
+    llm: LlmConfig = key(LlmConfig, "")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows: a LLaVA JSON file and the folder that its image paths are relative to."""
+
+    json: str = key("", "LLaVA JSON file: a list of `{id, image, conversations: [{from, value}]}`.")
+    images: str | None = key(None, "Folder of the images; null only if no row has one.")
+    weight: float = key(1.0, "How often each row is seen in an epoch; 0.5 takes a different half each epoch.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows, images and how they become batches."""
+
+    train: list[SourceConfig] = key([], "Sources of training rows.")
+    val: list[SourceConfig] = key([], "Sources of validation rows; may be empty.")
+    template: Literal["plain", "v1"] = key(
+        "v1", "Conversation template: `plain` (captions, pretrain) or `v1` (Vicuna v1, LLaVA 1.5)."
+    )
+    max_length: int = key(2048, "Tokens per row, image tokens included; a longer row counts as bad.")
+    images_per_row: int = key(1, "Most images in one row.")
+    image_mode: Literal["square", "pad"] = key(
+        "square", "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first."
+    )
+    on_bad_row: Literal["error", "skip"] = key(
+        "error", "`error` stops at a broken row or image; `skip` counts it and takes the next good row instead."
+    )
+    max_bad_fraction: float = key(0.01, "With `skip`: the run stops when more than this fraction of the rows is bad.")
+    workers: int = key(8, "Worker processes that load rows; 0 loads in threads of the main process.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged."""
+
+    shape: str = key("data=-1", "Sizes of the axes data, fsdp and tensor; absent ones are 1, one may be -1 (the rest).")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Dtypes. Trained parameters are always fp32 masters."""
+
+    compute: Literal["fp32", "bf16", "fp8_delayed", "fp8_current"] = key("bf16", "Dtype of the matrix products.")
+    frozen: Literal["fp32", "bf16"] | None = key(
+        None, "Dtype in which frozen weights are stored; null: fp32 for fp32 compute, else bf16."
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    steps: int = key(4650, "Optimizer steps.")
+    micro_batch: int = key(16, "Rows per device group and forward pass.")
+    global_batch: int = key(128, "Rows per optimizer step; accumulation follows from it, micro_batch and the mesh.")
+    remat: Literal["none", "dots", "full"] = key(
+        "dots", "Activations kept for the backward pass: all, the matrix products' results, or the layer inputs only."
+    )
+    unroll: int = key(1, "Layers per iteration of the scan over layers.")
+    loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay, and a cosine schedule with warm-up."""
+
+    lr: float = key(2e-3, "Peak learning rate.")
+    min_lr: float = key(2e-5, "Learning rate at the end of the cosine and after it.")
+    warmup_steps: int = key(140, "Steps of linear warm-up.")
+    constant_steps: int = key(0, "Steps at `min_lr` at the end of the run.")
+    beta1: float = key(0.9, "Adam's decay of the first moment.")
+    beta2: float = key(0.95, "Adam's decay of the second moment.")
+    eps: float = key(1e-8, "Adam's epsilon.")
+    weight_decay: float = key(0.0, "Decoupled weight decay; norms, biases and other vectors are never decayed.")
+    clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null: never.")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: int = key(100, "Steps between checkpoints; the last step is always saved.")
+    keep: int | None = key(2, "Checkpoints kept, newest first; null: all.")
+    contents: Literal["auto", "trained", "full"] = key(
+        "auto",
+        "`trained` saves what is trained and refers to `model.init_from` for the rest; `full` saves every weight; "
+        "`auto` is `trained` where `model.init_from` supplies the frozen parts, else `full`.",
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation during training."""
+
+    every: int = key(100, "Steps between validations.")
+    batches: int = key(50, "Global batches per validation, at most one pass over `data.val`.")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Logging. `metrics.jsonl`, `log.txt` and `plots/loss.png` are always written."""
+
+    every: int = key(10, "Steps between logged rows.")
+    tensorboard: bool = key(True, "Write TensorBoard event files.")
+    wandb: Literal["off", "online", "offline"] = key("off", "Weights & Biases, if the package is installed.")
+    wandb_project: str = key("neva_jax", "W&B project.")
+    wandb_name: str | None = key(None, "W&B run name; null: the name of `run.dir`.")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace by jax.profiler, written to `RUN/profile`."""
+
+    start_step: int | None = key(None, "First step of the trace; null: no trace.")
+    steps: int = key(3, "Steps in the trace.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run needs to be told."""
+
+    run: RunConfig = key(RunConfig, "")
+    model: ModelConfig = key(ModelConfig, "")
+    data: DataConfig = key(DataConfig, "")
+    mesh: MeshConfig = key(MeshConfig, "")
+    precision: PrecisionConfig = key(PrecisionConfig, "")
+    train: TrainConfig = key(TrainConfig, "")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "")
+    eval: EvalConfig = key(EvalConfig, "")
+    log: LogConfig = key(LogConfig, "")
+    profile: ProfileConfig = key(ProfileConfig, "")
+
+
+COMPONENTS = ("vision", "projector", "llm")
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def walk(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every leaf of the schema as (dotted key, dataclass field), in order."""
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(item.type):
+            yield from walk(item.type, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item
+
+
+# --- from text to Config ---------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads the YAML file `path` (None: defaults only), applies `section.key=value` overrides, returns the Config.
+
+    Raises:
+      UserError: no such file, no YAML, an unknown key (the nearest one is named), or a value of the wrong type.
+    """
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(path), str(path))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"override {text!r}: write it as section.key=value")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {text!r}: the value is no YAML ({_first_line(error)})") from None
+        merged = _merge(merged, _nest(name, parsed), f"override {name}")
+    return OmegaConf.to_object(merged)
+
+
+def config_from_dict(values: dict) -> Config:
+    """The inverse of `to_dict`; used for the copy of the configuration inside a checkpoint."""
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
+    return OmegaConf.to_object(_merge(merged, values, "configuration of the checkpoint"))
+
+
+def to_dict(config: Any) -> dict:
+    """A configuration (or one section of it) as plain dictionaries, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def _read_yaml(path: str | Path) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({_reason(error)})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise UserError(f"--config {path}:{line} is no YAML ({getattr(error, 'problem', None) or error})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: must hold sections of keys, but holds a {type(values).__name__}")
+    return values
+
+
+def _nest(name: str, value: Any) -> dict:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(merged: Any, values: dict, origin: str) -> Any:
+    _check_keys(values, Config, "", origin)
+    try:
+        return OmegaConf.merge(merged, values)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        name = getattr(error, "full_key", None)
+        raise UserError(f"{origin}: {f'{name}: ' if name else ''}{_first_line(error)}") from None
+
+
+def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
+    """Unknown keys and misplaced sections, found before OmegaConf so that the message can name the nearest key."""
+    if values is None and prefix:
+        raise UserError(f"{origin}: {prefix[:-1]} is a section and holds nothing; remove it or give it keys")
+    if not isinstance(values, dict):
+        raise UserError(f"{origin}: {prefix[:-1]} is a section of keys, not {values!r}")
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    for name, value in values.items():
+        if name not in fields:
+            known = [full for full, _ in walk()] + [f"data.train.{item.name}" for item in dataclasses.fields(SourceConfig)]
+            near = difflib.get_close_matches(f"{prefix}{name}", known, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: unknown key {prefix}{name}; did you mean {near[0]}?")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            _check_keys(value, kind, f"{prefix}{name}.", origin)
+        elif kind == list[SourceConfig]:
+            if not isinstance(value, list):
+                raise UserError(f"{origin}: {prefix}{name} is a list of {{json, images, weight}}, not {value!r}")
+            for i, source in enumerate(value):
+                _check_keys(source, SourceConfig, f"{prefix}{name}[{i}].", origin)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or _first_line(error)
+
+
+# --- derived numbers -------------------------------------------------------------------------------------------------
+
+
+def image_tokens(vision: VisionConfig) -> int:
+    """P, the number of tokens that one image takes: one for each patch (the class token is dropped)."""
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def kv_heads(llm: LlmConfig) -> int:
+    """G, the number of key and value heads."""
+    return llm.num_kv_heads if llm.num_kv_heads is not None else llm.num_heads
+
+
+def head_dim(llm: LlmConfig) -> int:
+    """Width of one head of the language model."""
+    return llm.head_dim if llm.head_dim is not None else llm.hidden_size // llm.num_heads
+
+
+def padded_vocab(llm: LlmConfig) -> int:
+    """Rows of the embedding: the vocabulary padded up to a multiple of `vocab_multiple`."""
+    return -(-llm.vocab_size // llm.vocab_multiple) * llm.vocab_multiple
+
+
+def trained_components(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the components that are trained, in order."""
+    return tuple(name for name in COMPONENTS if not getattr(model, name).freeze)
+
+
+def frozen_components(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the components that are frozen, in order."""
+    return tuple(name for name in COMPONENTS if getattr(model, name).freeze)
+
+
+def parse_mesh_shape(text: str, devices: int) -> dict[str, int]:
+    """`data=2,tensor=4` and a number of devices -> sizes of all axes, in the order data, fsdp, tensor.
+
+    Raises:
+      UserError: bad syntax, an unknown or repeated axis, more than one -1, or sizes whose product is not `devices`.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in MESH_AXES:
+            raise UserError(f"mesh.shape={text}: unknown axis {name!r}; the axes are {', '.join(MESH_AXES)}")
+        if name in sizes:
+            raise UserError(f"mesh.shape={text}: axis {name} is given twice")
+        try:
+            sizes[name] = int(number)
+        except ValueError:
+            raise UserError(f"mesh.shape={text}: {name} needs a whole number, as in data=2,tensor=4") from None
+        if sizes[name] < 1 and sizes[name] != -1:
+            raise UserError(f"mesh.shape={text}: {name}={sizes[name]} must be at least 1, or -1 for the rest")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh.shape={text}: only one axis may be -1, not {' and '.join(free)}")
+    product = 1
+    for size in sizes.values():
+        product *= 1 if size == -1 else size
+    if free and devices % product == 0:
+        sizes[free[0]] = devices // product
+        product = devices
+    if product != devices:
+        raise UserError(f"mesh.shape={text}: the sizes make {product} devices, but {devices} are there")
+    return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def derived_comment(config: Config) -> str:
+    """Numbers that follow from the configuration, as YAML comments for `--print-config`."""
+    llm, vision = config.model.llm, config.model.vision
+    lines = [
+        f"image_tokens: {image_tokens(vision)}   # per image: ({vision.image_size} / {vision.patch_size})^2",
+        f"num_kv_heads: {kv_heads(llm)}",
+        f"head_dim: {head_dim(llm)}",
+        f"trained: {', '.join(trained_components(config.model)) or 'nothing'}",
+        f"frozen: {', '.join(frozen_components(config.model)) or 'nothing'}",
+    ]
+    return "# derived:\n" + "".join(f"#   {line}\n" for line in lines)

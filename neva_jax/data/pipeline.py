@@ -1,0 +1,136 @@
+"""Batches: rows by index through Grain, in worker processes, with prefetch.
+
+Everything that leaves a worker is plain numpy, and a bad row is data, not an exception: it travels with the batch as
+a report, so the main process can count it in the order of the run, whatever worker met it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from neva_jax.config import Config, image_tokens
+from neva_jax.data.images import find_image, load_image
+from neva_jax.data.rows import BadRow
+from neva_jax.data.sources import RowRef, Sources
+from neva_jax.data.templates import TEMPLATES, encode_conversation, training_row
+from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError
+
+ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
+
+
+@dataclass(frozen=True)
+class BadRowReport:
+    """A row that was met and could not be used."""
+
+    ref: RowRef
+    message: str
+
+
+@dataclass
+class Batch:
+    """B rows as host arrays (DESIGN, "Batch"), and the bad rows met while they were made."""
+
+    arrays: dict[str, np.ndarray]
+    bad_rows: list[BadRowReport] = field(default_factory=list)
+
+
+class SampleMaker:
+    """Index of the run -> one training row with its images; runs in the workers."""
+
+    def __init__(self, sources: Sources, config: Config, tokenizer: Tokenizer):
+        self.sources, self.tokenizer = sources, tokenizer
+        self.data, self.vision = config.data, config.model.vision
+        self.template = TEMPLATES[config.data.template]
+        # A row is replaced by the next good one; past this many in a row the source itself is broken.
+        self.attempts = 1 if config.data.on_bad_row == "error" else 100
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """The arrays of one row (without B), plus `bad_rows`; arrays are missing if no row could be used."""
+        first = self.sources.order(index)
+        bad: list[BadRowReport] = []
+        for step in range(self.attempts):
+            ref = self.sources.after(first, step)
+            try:
+                return {**self.make(ref), "bad_rows": bad}
+            except BadRow as error:
+                bad.append(BadRowReport(ref, f"{self.sources.describe(ref)}: {error}"))
+        return {"bad_rows": bad}
+
+    def make(self, ref: RowRef) -> dict[str, np.ndarray]:
+        """One row: the arrays of `training_row`, and `images` [K, S, S, 3] uint8 (zeros where there is no image)."""
+        row = self.sources.read(ref)
+        most, size = self.data.images_per_row, self.vision.image_size
+        if len(row.images) > most:
+            raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {most}")
+        encoded = encode_conversation(row.turns, self.template, self.tokenizer, image_tokens(self.vision))
+        arrays = training_row(encoded, self.data.max_length)
+        arrays["images"] = np.zeros((most, size, size, 3), np.uint8)
+        folder = self.sources.configs[ref.source].images
+        for k, name in enumerate(row.images):
+            path = find_image(folder, name)
+            arrays["images"][k] = load_image(path, size, self.data.image_mode, self.vision.image_mean)
+        return arrays
+
+
+def _collate(samples: list[dict[str, Any]]) -> Batch:
+    bad_rows = [report for sample in samples for report in sample["bad_rows"]]
+    if not all("tokens" in sample for sample in samples):
+        return Batch({}, bad_rows)
+    return Batch({name: np.stack([sample[name] for sample in samples]) for name in ARRAYS}, bad_rows)
+
+
+class BadRowCount:
+    """Counts the distinct bad rows of a run and stops it when the configured bound is passed."""
+
+    def __init__(self, sources: Sources, on_bad_row: str, max_fraction: float, known: list[str] = ()):
+        self.on_bad_row, self.max_fraction, self.total = on_bad_row, max_fraction, sources.row_count
+        self.messages: dict[str, None] = dict.fromkeys(known)
+
+    def add(self, batch: Batch) -> list[str]:
+        """Takes a batch's reports; returns the messages that are new.
+
+        Raises:
+          UserError: the policy is `error` and there is a report, or the fraction of bad rows is above the bound.
+        """
+        if batch.bad_rows and self.on_bad_row == "error":
+            raise UserError(f"{batch.bad_rows[0].message}; mend the row, or set data.on_bad_row=skip")
+        new = [report.message for report in batch.bad_rows if report.message not in self.messages]
+        self.messages.update(dict.fromkeys(new))
+        if len(self.messages) > self.max_fraction * self.total:
+            raise UserError(
+                f"{len(self.messages)} of {self.total} rows are bad, more than data.max_bad_fraction="
+                f"{self.max_fraction}; the last: {list(self.messages)[-1]}"
+            )
+        if not batch.arrays:
+            raise UserError(f"no good row within 100 rows of {batch.bad_rows[-1].message}")
+        return new
+
+
+def batches(
+    sources: Sources, config: Config, tokenizer: Tokenizer, first_sample: int, samples: int
+) -> Iterator[Batch]:
+    """Batches of `train.global_batch` rows for the samples `first_sample` … `first_sample + samples - 1` of the run.
+
+    The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed. The last
+    batch is padded by going on in the order, so that every batch is whole.
+    """
+    size = config.train.global_batch
+    count = -(-samples // size)
+    dataset = (
+        grain.MapDataset.range(first_sample, first_sample + count * size)
+        .map(SampleMaker(sources, config, tokenizer))
+        .batch(size, batch_fn=_collate)
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    )
+    if config.data.workers:
+        # Grain's workers read absl flags, which only absl's own main would have parsed.
+        flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=min(config.data.workers, count), per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    return iter(dataset)
+

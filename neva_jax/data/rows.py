@@ -1,0 +1,98 @@
+"""One row of LLaVA JSON, checked: a bad row raises `BadRow`, which names the field and says what is wrong."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neva_jax.errors import UserError
+
+IMAGE_MARK = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class BadRow(Exception):
+    """A row that cannot be used; the message names the field."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says; the user's text may hold `<image>` marks."""
+
+    role: str  # user or assistant
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation and the images that its `<image>` marks stand for, in order."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_json(path: str | Path) -> list[Any]:
+    """The list in a LLaVA JSON file.
+
+    Raises:
+      UserError: unreadable, no JSON (line and column are named), or not a list with at least one row.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must hold a list of rows, but holds a {type(rows).__name__}")
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return rows
+
+
+def parse_row(raw: Any) -> Row:
+    """One element of the JSON list -> `Row`.
+
+    Rules: `conversations` alternates human and gpt, starts with human and ends with gpt; `image` is a path, a list of
+    paths or absent; `<image>` occurs once for each image, in human turns only.
+
+    Raises:
+      BadRow: a rule is broken.
+    """
+    if not isinstance(raw, dict):
+        raise BadRow(f"must be an object, not {_short(raw)}")
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"field conversations must be a list of turns, not {_short(turns)}")
+    parsed = tuple(_parse_turn(i, turn) for i, turn in enumerate(turns))
+    if len(parsed) % 2:
+        raise BadRow(f"field conversations has {len(parsed)} turns; the last must be an answer of gpt")
+    images = raw.get("image", [])
+    images = [images] if isinstance(images, str) else [] if images is None else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise BadRow(f"field image must be a path or a list of paths, not {_short(raw['image'])}")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed if turn.role == "user")
+    if marks != len(images):
+        raise BadRow(f"field conversations has {marks} {IMAGE_MARK} marks in human turns, but field image has {len(images)}")
+    return Row(str(raw.get("id", "")), tuple(images), parsed)
+
+
+def _parse_turn(i: int, turn: Any) -> Turn:
+    where = f"field conversations[{i}]"
+    if not isinstance(turn, dict):
+        raise BadRow(f"{where} must be an object with from and value, not {_short(turn)}")
+    if turn.get("from") not in ROLES:
+        raise BadRow(f"{where}.from must be human or gpt, not {_short(turn.get('from'))}")
+    if not isinstance(turn.get("value"), str):
+        raise BadRow(f"{where}.value must be text, not {_short(turn.get('value'))}")
+    role = ROLES[turn["from"]]
+    expected = ("user", "assistant")[i % 2]
+    if role != expected:
+        raise BadRow(f"{where}.from is {turn['from']}, but turns must alternate human, gpt, human, …")
+    return Turn(role, turn["value"])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

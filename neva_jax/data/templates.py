@@ -1,0 +1,160 @@
+"""Conversation templates, and how a conversation becomes tokens with a loss weight for each.
+
+Segments are tokenized once and the mask is built as they are joined, so it cannot be off by one. Template `v1`,
+one image of P = 4 tokens, two rounds (w: loss weight):
+
+    text    <s> A chat … USER:  [image] What is it? ASSISTANT:   a cat   </s>  USER: Sure? ASSISTANT:   yes   </s>
+    weight   0   0 …      0      0 0 0 0  0 …            0        1  1     1     0 …         0           1     1
+    slot    -1  -1       -1      0 1 2 3 -1              -1       -1                                          -1
+
+A template is a row of the table below: what stands before, around and after the texts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn
+from neva_jax.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Template:
+    """The frame of a conversation.
+
+    system: text before the first turn.
+    user: frame of what the user says, up to where the answer begins; `{}` stands for the text.
+    answer: frame of the answer, which is supervised.
+    end: whether the end token `</s>` closes an answer (supervised too).
+    stop: text that ends an answer when there is no end token.
+    image_only: the user's text is dropped, and only its images stay (LLaVA's `plain`).
+    """
+
+    system: str
+    user: str
+    answer: str
+    end: bool
+    stop: str = ""
+    image_only: bool = False
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+TEMPLATES = {
+    "plain": Template(system="", user="{}", answer="{}\n", end=False, stop="\n", image_only=True),
+    "v1": Template(system=f"{VICUNA_SYSTEM} ", user="USER: {} ASSISTANT:", answer=" {}", end=True),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens: ids [N] i32, loss weights [N] f32, image slots [N] i32 (-1 = text, else k*P + p)."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    slots: np.ndarray
+
+
+class _Joiner:
+    """Joins segments. Neighbouring text of one weight is kept together, so that it is tokenized as a whole."""
+
+    def __init__(self, tokenizer: Tokenizer, image_tokens: int):
+        self.tokenizer, self.image_tokens = tokenizer, image_tokens
+        self.tokens: list[int] = []
+        self.weights: list[float] = []
+        self.slots: list[int] = []
+        self.images = 0
+        self.after_text = False
+        self.pending, self.pending_weight = "", 0.0
+
+    def text(self, text: str, weight: float = 0.0) -> None:
+        if weight != self.pending_weight:
+            self.flush()
+            self.pending_weight = weight
+        self.pending += text
+
+    def special(self, token: int, weight: float = 0.0) -> None:
+        self.flush()
+        self._append([token], weight)
+        self.after_text = False
+
+    def image(self) -> None:
+        self.flush()
+        first = self.images * self.image_tokens
+        self._append([0] * self.image_tokens, 0.0, range(first, first + self.image_tokens))
+        self.images += 1
+        self.after_text = False
+
+    def flush(self) -> None:
+        if self.pending:
+            self._append(self.tokenizer.encode(self.pending, continues=self.after_text), self.pending_weight)
+            self.pending, self.after_text = "", True
+
+    def _append(self, ids: list[int], weight: float, slots: range | None = None) -> None:
+        self.tokens += ids
+        self.weights += [weight] * len(ids)
+        self.slots += slots if slots is not None else [-1] * len(ids)
+
+
+def encode_conversation(
+    turns: tuple[Turn, ...], template: Template, tokenizer: Tokenizer, image_tokens: int
+) -> Encoded:
+    """A conversation -> tokens, weights and slots, `<image>` marks replaced by `image_tokens` slots each.
+
+    The last turn may be the user's: the tokens then end where the answer begins, ready for generation.
+    """
+    joiner = _Joiner(tokenizer, image_tokens)
+    joiner.special(tokenizer.bos_id)
+    joiner.text(template.system)
+    for turn in turns:
+        if turn.role == "user":
+            text = IMAGE_MARK * turn.text.count(IMAGE_MARK) if template.image_only else turn.text
+            before, after = template.user.split("{}")
+            joiner.text(before)
+            for i, part in enumerate(text.split(IMAGE_MARK)):
+                if i:
+                    joiner.image()
+                joiner.text(part)
+            joiner.text(after)
+        else:
+            before, after = template.answer.split("{}")
+            joiner.text(before + turn.text + after, weight=1.0)
+            if template.end:
+                joiner.special(tokenizer.eos_id, weight=1.0)
+    joiner.flush()
+    return Encoded(
+        np.asarray(joiner.tokens, np.int32), np.asarray(joiner.weights, np.float32), np.asarray(joiner.slots, np.int32)
+    )
+
+
+def training_row(encoded: Encoded, max_length: int) -> dict[str, np.ndarray]:
+    """Shifts by one and pads at the right to T = `max_length`.
+
+    Returns:
+      `tokens, targets, positions, segment_ids, image_slots` [T] i32 and `loss_weights` [T] f32. Position t predicts
+      `targets[t]`, the token after `tokens[t]`; padding has weight 0, slot -1 and segment 0.
+
+    Raises:
+      BadRow: longer than T, or nothing is supervised.
+    """
+    length = len(encoded.tokens) - 1
+    if length > max_length:
+        images = int((encoded.slots >= 0).sum())
+        raise BadRow(f"has {length} tokens ({images} of images), but data.max_length is {max_length}")
+    if not encoded.weights[1:].any():
+        raise BadRow("has nothing to learn: its answers are empty")
+
+    def padded(values: np.ndarray, fill: int) -> np.ndarray:
+        return np.concatenate([values, np.full(max_length - length, fill, values.dtype)])
+
+    return {
+        "tokens": padded(encoded.tokens[:-1], 0),
+        "targets": padded(encoded.tokens[1:], 0),
+        "loss_weights": padded(encoded.weights[1:], 0),
+        "positions": np.arange(max_length, dtype=np.int32),
+        "segment_ids": padded(np.ones(length, np.int32), 0),
+        "image_slots": padded(encoded.slots[:-1], -1),
+    }

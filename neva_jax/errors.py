@@ -1,0 +1,32 @@
+"""The errors that a user can mend, and how every command ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
+
+    0 done; 2 a `UserError`, printed as one line; 128 + signal after a stop that was saved (`main` returns it);
+    anything else is a traceback and 1.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output went away (`… | head`): point stdout elsewhere so that the exit is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -1,0 +1,76 @@
+"""Attention, with the mask that a batch needs.
+
+    rows of one segment        causal alone is enough: padding stands at the right end, and no earlier token sees it
+    rows of several segments   token i sees token j if j <= i and both are of the same segment (0 is padding)
+    decoding with a cache      token at position p sees the cache slots 0 ... p; slot and position are the same number
+
+    B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * R), K head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads.
+
+    Args:
+      q: [B, T, H, K].
+      k, v: [B, S, G, K] with H a multiple of G; query head h reads key head h // (H / G).
+      causal: token i sees only keys j <= i.
+      segment_ids: [B, T] i32, T = S: attention stays inside a segment. None: one segment per row.
+      positions: [B, T] i32: keys are a cache whose slot j holds position j; token at position p sees slots 0 ... p.
+      backend: `xla`, or `cudnn` (bf16 or fp16 on a GPU; no segments, no cache).
+
+    Returns:
+      [B, T, H, K] in q's dtype; scores and softmax are fp32.
+
+    Raises:
+      ValueError: a mask that the backend does not have.
+    """
+    if backend == "cudnn":
+        if segment_ids is not None or positions is not None:
+            raise ValueError("attention backend cudnn masks causally only; use xla for segments or a cache")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    b, t, h, width = q.shape
+    groups = k.shape[2]
+    grouped = q.reshape(b, t, groups, h // groups, width)  # [B, T, G, R, K]
+    scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    mask = _mask(t, k.shape[1], causal, segment_ids, positions)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(b, t, h, width)
+
+
+def _mask(
+    t: int, s: int, causal: bool, segment_ids: jax.Array | None, positions: jax.Array | None
+) -> jax.Array | None:
+    """[B or 1, T, S] bool, True where attention is allowed; None where it is allowed everywhere."""
+    if positions is not None:
+        return jnp.arange(s)[None, None, :] <= positions[:, :, None]
+    if not causal:
+        return None
+    mask = (jnp.arange(s)[None, :] <= jnp.arange(t)[:, None])[None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return mask
+
+
+def choose_backend(name: str, dtype: jnp.dtype) -> str:
+    """`auto` -> `cudnn` for bf16 on an NVIDIA GPU, else `xla`; other names stay."""
+    if name != "auto":
+        return name
+    on_gpu = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind.upper()
+    return "cudnn" if on_gpu and dtype == jnp.bfloat16 else "xla"

@@ -1,0 +1,104 @@
+"""The pieces that the vision encoder, the projector and the language model share.
+
+A parameter is an `nnx.Param` with the logical axes of its dimensions in its metadata `axes`. A module that stands
+for L equal layers is built once with `layers=L`: every parameter then has a leading dimension L, and `scan_layers`
+runs the module once for each slice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def normal(std: float) -> Callable:
+    """Initializer N(0, std^2)."""
+    return jax.nn.initializers.normal(std)
+
+
+def uniform(bound: float) -> Callable:
+    """Initializer U(-bound, bound)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable, layers: int | None = None
+) -> nnx.Param:
+    """An fp32 parameter with logical axes; `layers` puts a leading dimension before `shape`."""
+    if layers is not None:
+        shape, axes = (layers, *shape), ("layers", *axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last dimension, computed in fp32 (torch.nn.LayerNorm)."""
+
+    def __init__(self, rngs: nnx.Rngs, dim: int, eps: float, layers: int | None = None):
+        self.scale = param(rngs, (dim,), ("norm",), jax.nn.initializers.ones, layers)
+        self.bias = param(rngs, (dim,), ("norm",), jax.nn.initializers.zeros, layers)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        y = x.astype(jnp.float32)
+        mean = jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y - mean), axis=-1, keepdims=True)
+        y = (y - mean) * jax.lax.rsqrt(variance + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32 (HF LlamaRMSNorm)."""
+
+    def __init__(self, rngs: nnx.Rngs, dim: int, eps: float, layers: int | None = None):
+        self.scale = param(rngs, (dim,), ("norm",), jax.nn.initializers.ones, layers)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D], in x's dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def scan_layers(
+    stack: nnx.Module,
+    x: jax.Array,
+    *,
+    per_layer: Any = None,
+    remat: str = "none",
+    unroll: int = 1,
+    count: int | None = None,
+    call: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
+) -> tuple[jax.Array, Any]:
+    """Runs the L layers of `stack` one after the other.
+
+    Args:
+      x: carried from layer to layer.
+      per_layer: pytree of arrays [L, ...]; layer l gets slice l.
+      remat: `none`, `dots` or `full`: which activations are kept for the backward pass.
+      unroll: layers per iteration of the scan.
+      count: run only the first `count` layers; None runs all.
+      call: `(layer, x, slice of per_layer) -> (x, output)`.
+
+    Returns:
+      (x, outputs of all layers stacked [L, ...])
+    """
+    graphdef, parameters = nnx.split(stack)
+    if count is not None:
+        parameters = jax.tree.map(lambda p: p[:count], parameters)
+
+    def body(x, slices):
+        layer_parameters, layer_input = slices
+        return call(nnx.merge(graphdef, layer_parameters), x, layer_input)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (parameters, per_layer), unroll=unroll)

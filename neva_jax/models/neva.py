@@ -1,0 +1,78 @@
+"""The whole model: images -> ViT -> projector, spliced into the token embeddings -> Llama.
+
+    slots   -1  -1   0   1   2   3  -1  -1      (image_slots: -1 = text, else k*P + p)
+    tokens   1  45   0   0   0   0  87  12      (what stands at an image slot is not read)
+    input    e   e   f   f   f   f   e   e      (e: token embedding, f: projected feature p of image k)
+
+    B rows, T tokens, K images per row, P tokens per image, S side in pixels, D hidden size.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from neva_jax.config import ModelConfig, PrecisionConfig
+from neva_jax.models.attention import choose_backend
+from neva_jax.models.llama import LayerCache, Llama
+from neva_jax.models.projector import Projector
+from neva_jax.models.vision import Vision
+from neva_jax.parallel.mesh import constrain
+from neva_jax.precision.policy import compute_dtype
+
+
+class Neva(nnx.Module):
+    """A LLaVA-style vision-language model: `vision`, `projector`, `llm`."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, config: ModelConfig, precision: PrecisionConfig, remat: str = "none", unroll: int = 1
+    ):
+        dtype = compute_dtype(precision)
+        # No gradient flows into a frozen encoder, so it has nothing to recompute.
+        vision_remat = "none" if config.vision.freeze else remat
+        self.vision = Vision(rngs, config.vision, dtype, vision_remat)
+        self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
+        self.llm = Llama(rngs, config.llm, dtype, choose_backend(config.attention, dtype), remat, unroll)
+
+    def image_features(self, images: jax.Array) -> jax.Array:
+        """images [B, K, S, S, 3] uint8 -> [B, K*P, D]."""
+        b, k = images.shape[:2]
+        features = self.projector(self.vision(images.reshape(b * k, *images.shape[2:])))
+        return constrain(features.reshape(b, -1, features.shape[-1]), "batch", "length", "features")
+
+    def embed(self, tokens: jax.Array, images: jax.Array, image_slots: jax.Array) -> jax.Array:
+        """Token embeddings [B, T, D] with the projected image features at their slots."""
+        text = self.llm.embed(tokens)
+        features = self.image_features(images)
+        spliced = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
+        return jnp.where(image_slots[:, :, None] >= 0, spliced, text)
+
+    def __call__(
+        self, batch: dict[str, jax.Array], packed: bool = False, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Hidden states of a batch.
+
+        Args:
+          batch: `tokens`, `positions`, `segment_ids`, `image_slots` [B, T] i32 and `images` [B, K, S, S, 3] uint8.
+          packed: rows may hold several segments; otherwise `segment_ids` is not read.
+          cache: keys and values to extend; None in training.
+
+        Returns:
+          (hidden [B, T, D] ready for `llm.logits`, the extended cache or None)
+        """
+        x = self.embed(batch["tokens"], batch["images"], batch["image_slots"])
+        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache)
+
+
+def abstract_model(
+    config: ModelConfig, precision: PrecisionConfig, remat: str = "none", unroll: int = 1
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph definition, and its parameters as shapes with their logical axes; nothing is allocated."""
+    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll))
+    return nnx.split(model)
+
+
+def random_parameters(config: ModelConfig, precision: PrecisionConfig, rng: jax.Array) -> dict[str, Any]:
+    """Freshly initialised fp32 parameters as nested dictionaries; call it under `jit` with `out_shardings`."""
+    return nnx.to_pure_dict(nnx.split(Neva(nnx.Rngs(rng), config, precision))[1])

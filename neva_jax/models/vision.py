@@ -1,0 +1,112 @@
+"""The CLIP vision transformer (HF CLIPVisionModel), up to the layer whose output feeds the projector.
+
+    N images, S side in pixels, P patches, D hidden size, H heads, K head width, F MLP width, L layers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from neva_jax.config import VisionConfig
+from neva_jax.models.attention import attend
+from neva_jax.models.layers import LayerNorm, normal, param, scan_layers
+from neva_jax.parallel.mesh import constrain
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class VisionBlock(nnx.Module):
+    """One pre-norm encoder layer, or a stack of `layers` of them."""
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, layers: int | None = None):
+        d, h, f = config.hidden_size, config.num_heads, config.intermediate_size
+        k = d // h
+        # HF CLIPPreTrainedModel._init_weights
+        in_std = d**-0.5 * (2 * config.num_layers) ** -0.5
+        out_std = d**-0.5
+        zeros = jax.nn.initializers.zeros
+        self.attention_norm = LayerNorm(rngs, d, config.norm_eps, layers)
+        self.q = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
+        self.k = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
+        self.v = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
+        self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), normal(out_std), layers)
+        self.q_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
+        self.k_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
+        self.v_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
+        self.o_bias = param(rngs, (d,), ("norm",), zeros, layers)
+        self.mlp_norm = LayerNorm(rngs, d, config.norm_eps, layers)
+        self.up = param(rngs, (d, f), ("embed", "mlp"), normal((2 * d) ** -0.5), layers)
+        self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
+        self.down = param(rngs, (f, d), ("mlp", "embed"), normal(in_std), layers)
+        self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, P + 1, D] -> [N, P + 1, D]."""
+        dtype = x.dtype
+        with jax.named_scope("vision_attention"):
+            y = self.attention_norm(x)
+            q, k, v = (
+                jnp.einsum("npd,dhk->nphk", y, kernel[...].astype(dtype)) + bias[...].astype(dtype)
+                for kernel, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+            )
+            attended = attend(q, k, v, causal=False)
+            x = x + jnp.einsum("nphk,hkd->npd", attended, self.o[...].astype(dtype)) + self.o_bias[...].astype(dtype)
+        with jax.named_scope("vision_mlp"):
+            y = jnp.einsum("npd,df->npf", self.mlp_norm(x), self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
+            y = constrain(ACTIVATIONS[self.activation](y), "batch", "length", "mlp")
+            x = x + jnp.einsum("npf,fd->npd", y, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+            return constrain(x, "batch", "length", "features")
+
+
+class Vision(nnx.Module):
+    """Patch and position embedding, pre-norm, and L encoder layers.
+
+    All layers and the final norm are held, as in the checkpoint they come from; those above `select_layer` never run.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: str):
+        d, p = config.hidden_size, config.patch_size
+        patches = (config.image_size // p) ** 2
+        self.class_token = param(rngs, (d,), ("norm",), normal(d**-0.5))
+        self.patch = param(rngs, (p * p * 3, d), ("patch", "embed"), normal(0.02))
+        self.position = param(rngs, (patches + 1, d), ("position", "embed"), normal(0.02))
+        self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
+        self.layers = VisionBlock(rngs, config, config.num_layers)
+        self.post_norm = LayerNorm(rngs, d, config.norm_eps)
+        self.config, self.dtype, self.remat = config, dtype, remat
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """images [N, S, S, 3] uint8 -> features of the patches [N, P, D], row by row from the top left.
+
+        The output of layer L + 1 + select_layer without the final norm, without the class token (HF
+        vision_feature_layer and the select strategy `default`).
+        """
+        config, dtype = self.config, self.dtype
+        mean, std = (np.asarray(values, np.float32) * 255 for values in (config.image_mean, config.image_std))
+        pixels = ((images.astype(jnp.float32) - mean) / std).astype(dtype)
+        patches = self._patches(pixels)
+        x = jnp.einsum("npi,id->npd", patches, self.patch[...].astype(dtype))
+        first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(dtype)
+        x = constrain(self.pre_norm(x), "batch", "length", "features")
+        x, _ = scan_layers(
+            self.layers,
+            x,
+            remat=self.remat,
+            count=config.num_layers + 1 + config.select_layer,
+            call=lambda layer, x, _: (layer(x), None),
+        )
+        return x[:, 1:]
+
+    def _patches(self, pixels: jax.Array) -> jax.Array:
+        """[N, S, S, 3] -> [N, P, p*p*3]: a patch's pixels row by row, channels last."""
+        n, side, _, channels = pixels.shape
+        p = self.config.patch_size
+        grid = pixels.reshape(n, side // p, p, side // p, p, channels)
+        return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, (side // p) ** 2, p * p * channels)

@@ -1,0 +1,283 @@
+"""python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging as absl_logging
+
+from neva_jax import config as configuration
+from neva_jax.checks import check, check_mesh
+from neva_jax.config import Config, frozen_components, load_config, parse_mesh_shape, trained_components
+from neva_jax.data.pipeline import BadRowCount, Batch, batches
+from neva_jax.data.sources import Sources
+from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError, exit_with
+from neva_jax.parallel.mesh import make_mesh, place_batch
+from neva_jax.training.checkpoint import Checkpoints, Meta, check_compatible, load_components, locate, read_meta
+from neva_jax.training.guard import StopRequest
+from neva_jax.training.metrics import RunLog
+from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.setup import (
+    abstract_optimizer,
+    abstract_parameters,
+    initialise_optimizer,
+    initialise_parameters,
+    saved_components,
+    with_vocabulary,
+)
+from neva_jax.training.step import TrainState, make_eval_step, make_train_step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; docs/configuration.md lists every key")
+    parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
+    parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
+    options = parser.parse_args(arguments)
+    mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
+    config = load_config(options.config, [*options.overrides, *mesh_override])
+    if options.print_config:
+        print(configuration.to_yaml(config) + configuration.derived_comment(config), end="")
+        return 0
+    check(config)
+    return run(config)
+
+
+def run(config: Config) -> int:
+    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status.
+
+    Raises:
+      UserError: configuration, data or checkpoint cannot be used.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain narrate every save otherwise
+
+    # --- what is to be done, checked before a device holds anything
+    tokenizer = Tokenizer.from_file(config.model.tokenizer)
+    config = with_vocabulary(config, tokenizer)
+    train_rows = Sources(config.data.train, config.run.seed, shuffle=True)
+    val_rows = Sources(config.data.val, config.run.seed, shuffle=False) if config.data.val else None
+    sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
+    accumulate = check_mesh(config, sizes)
+    mesh = make_mesh(sizes)
+    graphdef, abstract = abstract_parameters(config, mesh)
+    trained, frozen = trained_components(config.model), frozen_components(config.model)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    abstract_moments = abstract_optimizer(optimizer, {name: abstract[name] for name in trained}, mesh)
+    contents, base = saved_components(config)
+
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, Checkpoints(run_dir, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+        start = checkpoints.latest_step or 0
+        resumed = _resumed_meta(config, tokenizer, run_dir, start)
+        if start >= config.train.steps:
+            print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
+            return 0
+        (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+
+        with RunLog(config.log, run_dir, start, config.train.steps, config) as log:
+            # --- state: resumed, or fresh
+            if resumed is None:
+                params = initialise_parameters(config, abstract, log.say)
+                moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
+                progress = {"samples": 0, "bad_rows": []}
+            else:
+                params, moments, progress = checkpoints.restore(
+                    {name: abstract[name] for name in resumed.components}, abstract_moments
+                )
+                missing = {name: abstract[name] for name in configuration.COMPONENTS if name not in params}
+                params |= load_components(missing, {name: locate(resumed.base) for name in missing}) if missing else {}
+                log.say(f"resumed from step {start}")
+            state = TrainState(jax.numpy.int32(start), {n: params[n] for n in trained}, moments)
+            frozen_params = {name: params[name] for name in frozen}
+            del params
+            log.say(_summary(config, sizes, accumulate, abstract, train_rows))
+
+            train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk)
+            eval_step = make_eval_step(graphdef, config.train.loss_chunk)
+            bad_rows = BadRowCount(
+                train_rows, config.data.on_bad_row, config.data.max_bad_fraction, progress["bad_rows"]
+            )
+            left = (config.train.steps - start) * config.train.global_batch
+            stream = batches(train_rows, config, tokenizer, progress["samples"], left)
+            samples, meter = progress["samples"], Meter()
+
+            # --- the loop
+            for step in range(start + 1, config.train.steps + 1):
+                _profile(config, run_dir, step)
+                batch = meter.next(stream)
+                for message in bad_rows.add(batch):
+                    log.say(f"skipped {message}")
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+                samples += config.train.global_batch
+                meter.count(batch)
+                last = step == config.train.steps or stop.signal is not None
+                log.advance()
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    meter = Meter()  # the first step compiles; its time says nothing of the speed
+                if step % config.log.every == 0 or last:
+                    loss = float(metrics["loss"])
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(f"step {step}: the loss is {loss}; nothing is saved after step {start}")
+                    log.metrics(
+                        {
+                            "step": step,
+                            "loss": loss,
+                            "lr": float(metrics["lr"]),
+                            "grad_norm": float(metrics["grad_norm"]),
+                            **meter.row(),
+                            "epoch": samples / train_rows.epoch_size,
+                        }
+                    )
+                    meter = Meter()
+                with meter.paused():
+                    if val_rows is not None and (step % config.eval.every == 0 or step == config.train.steps):
+                        log.metrics(
+                            {
+                                "step": step,
+                                "val_loss": validate(eval_step, state, frozen_params, val_rows, config, tokenizer, mesh),
+                            }
+                        )
+                    if step % config.checkpoint.every == 0 or last:
+                        everything = {**frozen_params, **state.trained}
+                        checkpoints.save(
+                            step,
+                            {name: everything[name] for name in contents},
+                            state.optimizer,
+                            {"samples": samples, "bad_rows": list(bad_rows.messages)},
+                            Meta(step, config, contents, base, tokenizer),
+                        )
+                        del everything
+                if stop.signal is not None:
+                    break
+            checkpoints.wait()
+            if stop.signal is not None and step < config.train.steps:
+                log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
+                return 128 + stop.signal
+            log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
+    return 0
+
+
+def validate(
+    eval_step: Any, state: TrainState, frozen: dict, rows: Sources, config: Config, tokenizer: Tokenizer, mesh: Any
+) -> float:
+    """Mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once."""
+    size = config.train.global_batch
+    wanted = min(config.eval.batches * size, rows.epoch_size)
+    bad_rows = BadRowCount(rows, config.data.on_bad_row, config.data.max_bad_fraction)
+    # Threads: starting worker processes would take longer than a short validation.
+    threaded = replace(config, data=replace(config.data, workers=0))
+    total, weights = 0.0, 0.0
+    for i, batch in enumerate(batches(rows, threaded, tokenizer, 0, wanted)):
+        bad_rows.add(batch)
+        surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
+        batch.arrays["loss_weights"][surplus] = 0
+        accumulate = check_mesh(config, dict(mesh.shape))
+        nll, weight = eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, accumulate))
+        total, weights = total + float(nll), weights + float(weight)
+    return total / weights
+
+
+@dataclass
+class Meter:
+    """Throughput since it was made."""
+
+    samples: int = 0
+    tokens: int = 0
+    data_wait: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    def next(self, stream: Iterator[Batch]) -> Batch:
+        """The next batch; the time spent waiting for it is counted."""
+        before = time.monotonic()
+        batch = next(stream)
+        self.data_wait += time.monotonic() - before
+        return batch
+
+    def count(self, batch: Batch) -> None:
+        """Counts the rows of a batch, and its tokens without padding."""
+        self.samples += len(batch.arrays["tokens"])
+        self.tokens += int((batch.arrays["segment_ids"] > 0).sum())
+
+    def paused(self) -> "_Paused":
+        """A context whose time does not count (validation, saving)."""
+        return _Paused(self)
+
+    def row(self) -> dict[str, float]:
+        """Samples and tokens per second, and seconds spent waiting for data."""
+        seconds = time.monotonic() - self.started
+        return {
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait_s": self.data_wait,
+        }
+
+
+@dataclass
+class _Paused:
+    meter: Meter
+
+    def __enter__(self) -> None:
+        self.before = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.started += time.monotonic() - self.before
+
+
+def _resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path, start: int) -> Meta | None:
+    """What the newest checkpoint says of itself, or None for a fresh run; checks that this run can continue it."""
+    if start == 0:
+        if config.run.resume == "must":
+            raise UserError(f"run.resume=must, but {run_dir} holds no checkpoint")
+        return None
+    if config.run.resume == "never":
+        raise UserError(f"run.resume=never, but {run_dir} holds a checkpoint of step {start}; name another run.dir")
+    meta = read_meta(run_dir / "checkpoints" / str(start))
+    if meta.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(f"model.tokenizer={config.model.tokenizer} is not the file that {run_dir} was trained with")
+    check_compatible(config, meta.config, configuration.COMPONENTS, run_dir)
+    for name in configuration.COMPONENTS:
+        ours, theirs = getattr(config.model, name).freeze, getattr(meta.config.model, name).freeze
+        if ours != theirs:
+            raise UserError(f"model.{name}.freeze={ours}, but {run_dir} was trained with {theirs}; use a new run.dir")
+    return meta
+
+
+def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: dict, rows: Sources) -> str:
+    def millions(names: tuple[str, ...]) -> str:
+        return f"{sum(leaf.size for name in names for leaf in jax.tree.leaves(abstract[name])) / 1e6:.2f}M"
+
+    trained, frozen = trained_components(config.model), frozen_components(config.model)
+    mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    return (
+        f"training {'+'.join(trained)} ({millions(trained)}), frozen {'+'.join(frozen) or 'nothing'} ({millions(frozen)}); "
+        f"{rows.row_count} rows, {config.train.global_batch} per step in {accumulate} micro batches; "
+        f"mesh {mesh} on {jax.devices()[0].device_kind}; {config.precision.compute}"
+    )
+
+
+def _profile(config: Config, run_dir: Path, step: int) -> None:
+    first = config.profile.start_step
+    if first is not None and step == first:
+        jax.profiler.start_trace(str(run_dir / "profile"))
+    if first is not None and step == first + config.profile.steps:
+        jax.profiler.stop_trace()
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,123 @@
+"""From a configuration to parameters and optimizer state on the mesh: shapes first, then values straight onto shards."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from neva_jax.config import COMPONENTS, Config, frozen_components, padded_vocab, trained_components
+from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError
+from neva_jax.models.neva import abstract_model, random_parameters
+from neva_jax.parallel.mesh import replicated, shardings
+from neva_jax.precision.policy import frozen_dtype
+from neva_jax.training.checkpoint import available_components, check_compatible, load_components, read_meta
+
+Parameters = dict[str, Any]
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """Fills in `model.llm.vocab_size` from the tokenizer.
+
+    Raises:
+      UserError: the configured size is smaller than the tokenizer's.
+    """
+    llm = config.model.llm
+    if llm.vocab_size is None:
+        llm = dataclasses.replace(llm, vocab_size=tokenizer.size)
+    if padded_vocab(llm) < tokenizer.size:
+        raise UserError(
+            f"model.llm.vocab_size={llm.vocab_size} is smaller than the {tokenizer.size} tokens of {config.model.tokenizer}"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
+
+
+def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Parameters]:
+    """The model's graph definition, and for each parameter its shape, dtype and sharding (nothing is allocated).
+
+    Trained components are fp32, frozen ones of the storage dtype.
+
+    Raises:
+      UserError: a dimension that the mesh does not divide.
+    """
+    graphdef, state = abstract_model(config.model, config.precision, config.train.remat, config.train.unroll)
+    layout = shardings(mesh, state)
+    trained = trained_components(config.model)
+
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if path[0].key in trained else frozen_dtype(config.precision)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return graphdef, jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state), layout)
+
+
+def abstract_optimizer(optimizer: optax.GradientTransformation, trained: Parameters, mesh: Mesh) -> optax.OptState:
+    """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere."""
+    state = jax.eval_shape(optimizer.init, trained)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        state,
+        trained,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+    )
+
+
+def initialise_parameters(config: Config, abstract: Parameters, say: Callable[[str], None]) -> Parameters:
+    """The starting weights: from `model.init_from`, and random where that has none.
+
+    Raises:
+      UserError: a frozen component without weights, or weights of another architecture.
+    """
+    sources: dict[str, Path] = {}
+    if config.model.init_from is not None:
+        sources = available_components(config.model.init_from)
+        for step_dir in sorted(set(sources.values())):
+            held = [name for name in COMPONENTS if sources.get(name) == step_dir]
+            check_compatible(config, read_meta(step_dir).config, held, step_dir)
+            say(f"{', '.join(held)}: weights from {step_dir}")
+    missing = [name for name in COMPONENTS if name not in sources]
+    stuck = [name for name in missing if name in frozen_components(config.model)]
+    if stuck and not config.model.allow_random_frozen:
+        raise UserError(
+            f"model.init_from={config.model.init_from} has no {' and no '.join(stuck)}, which would stay frozen at random "
+            "weights; name another checkpoint, or set model.allow_random_frozen=true"
+        )
+    params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
+    if missing:
+        say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
+        params |= _random({name: abstract[name] for name in missing}, config)
+    return {name: params[name] for name in COMPONENTS}
+
+
+def _random(abstract: Parameters, config: Config) -> Parameters:
+    def initialise(rng: jax.Array) -> Parameters:
+        params = random_parameters(config.model, config.precision, rng)
+        return jax.tree.map(lambda shape, p: p.astype(shape.dtype), abstract, {name: params[name] for name in abstract})
+
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(initialise, out_shardings=layout)(jax.random.key(config.run.seed))
+
+
+def initialise_optimizer(
+    optimizer: optax.GradientTransformation, trained: Parameters, abstract: optax.OptState
+) -> optax.OptState:
+    """Zero moments on their shards (a bare `jit` of `init` would replicate them)."""
+    return jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(trained)
+
+
+def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
+    """Which components a checkpoint of this run holds, and the base that has the others (an absolute path or None)."""
+    frozen, base = frozen_components(config.model), config.model.init_from
+    contents = config.checkpoint.contents
+    if contents == "auto":
+        contents = "trained" if frozen and base is not None and set(frozen) <= set(available_components(base)) else "full"
+    if contents == "full" or not frozen:
+        return COMPONENTS, None
+    return trained_components(config.model), str(Path(base).resolve())

@@ -1,0 +1,83 @@
+"""One optimizer step as a pure function of (state, frozen parameters, batch).
+
+The loss of a step is sum(weight * nll) / sum(weight) over the whole global batch. The denominator is known before the
+first micro batch, so each adds its share of loss and gradient and nothing is averaged: accumulating is exactly the
+same as one large batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from neva_jax.training.loss import weighted_nll
+
+Parameters = dict[str, Any]
+Arrays = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes: completed steps, the trained fp32 parameters, and the optimizer's state."""
+
+    step: jax.Array
+    trained: Parameters
+    optimizer: optax.OptState
+
+
+def batch_nll(graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int) -> jax.Array:
+    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32."""
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(micro)
+    return weighted_nll(model.llm.logits, hidden, micro["targets"], micro["loss_weights"], chunk)
+
+
+def gradients(
+    graphdef: nnx.GraphDef, trained: Parameters, frozen: Parameters, batch: Arrays, chunk: int
+) -> tuple[jax.Array, Parameters]:
+    """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters."""
+    weights = jnp.sum(batch["loss_weights"])
+
+    def micro_loss(trained: Parameters, micro: Arrays) -> jax.Array:
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk) / weights
+
+    def accumulate(total: tuple[jax.Array, Parameters], micro: Arrays) -> tuple[tuple[jax.Array, Parameters], None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, micro)), None
+
+    if batch["tokens"].shape[0] == 1:
+        return jax.value_and_grad(micro_loss)(trained, jax.tree.map(lambda x: x[0], batch))
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    return jax.lax.scan(accumulate, zero, batch)[0]
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, chunk: int
+) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
+    """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
+
+    Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars.
+    """
+
+    def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
+        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, chunk: int
+) -> Callable[[Parameters, Parameters, Arrays], tuple[jax.Array, jax.Array]]:
+    """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights)."""
+
+    def eval_step(trained: Parameters, frozen: Parameters, batch: Arrays) -> tuple[jax.Array, jax.Array]:
+        def add(total: jax.Array, micro: Arrays) -> tuple[jax.Array, None]:
+            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk), None
+
+        return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["loss_weights"])
+
+    return jax.jit(eval_step)
