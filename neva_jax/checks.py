@@ -60,7 +60,10 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> int:
             f"model.llm.vocab_size={padded_vocab(llm)} (padded) is not divisible by the mesh axis tensor={tensor}; "
             f"set model.llm.vocab_multiple to a multiple of {tensor}"
         )
-    for name, size in {"model.llm.hidden_size": llm.hidden_size, "model.vision.hidden_size": vision.hidden_size}.items():
+    for name, size in {
+        "model.llm.hidden_size": llm.hidden_size,
+        "model.vision.hidden_size": vision.hidden_size,
+    }.items():
         if size % sizes["fsdp"]:
             raise UserError(f"{name}={size} is not divisible by the mesh axis fsdp={sizes['fsdp']}")
     return train.global_batch // rows

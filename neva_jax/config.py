@@ -336,7 +336,9 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
     fields = {item.name: item for item in dataclasses.fields(schema)}
     for name, value in values.items():
         if name not in fields:
-            known = [full for full, _ in walk()] + [f"data.train.{item.name}" for item in dataclasses.fields(SourceConfig)]
+            known = [full for full, _ in walk()] + [
+                f"data.train.{item.name}" for item in dataclasses.fields(SourceConfig)
+            ]
             near = difflib.get_close_matches(f"{prefix}{name}", known, n=1, cutoff=0.0)
             raise UserError(f"{origin}: unknown key {prefix}{name}; did you mean {near[0]}?")
         kind = fields[name].type

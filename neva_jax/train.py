@@ -131,7 +131,9 @@ def run(config: Config) -> int:
                 if step % config.log.every == 0 or last:
                     loss = float(metrics["loss"])
                     if not math.isfinite(loss):
-                        raise FloatingPointError(f"step {step}: the loss is {loss}; nothing is saved after step {start}")
+                        raise FloatingPointError(
+                            f"step {step}: the loss is {loss}; nothing is saved after step {start}"
+                        )
                     log.metrics(
                         {
                             "step": step,
@@ -148,7 +150,9 @@ def run(config: Config) -> int:
                         log.metrics(
                             {
                                 "step": step,
-                                "val_loss": validate(eval_step, state, frozen_params, val_rows, config, tokenizer, mesh),
+                                "val_loss": validate(
+                                    eval_step, state, frozen_params, val_rows, config, tokenizer, mesh
+                                ),
                             }
                         )
                     if step % config.checkpoint.every == 0 or last:

@@ -111,9 +111,7 @@ class BadRowCount:
         return new
 
 
-def batches(
-    sources: Sources, config: Config, tokenizer: Tokenizer, first_sample: int, samples: int
-) -> Iterator[Batch]:
+def batches(sources: Sources, config: Config, tokenizer: Tokenizer, first_sample: int, samples: int) -> Iterator[Batch]:
     """Batches of `train.global_batch` rows for the samples `first_sample` … `first_sample + samples - 1` of the run.
 
     The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed. The last
@@ -133,4 +131,3 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=min(config.data.workers, count), per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options)
     return iter(dataset)
-

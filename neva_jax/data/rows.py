@@ -74,7 +74,9 @@ def parse_row(raw: Any) -> Row:
         raise BadRow(f"field image must be a path or a list of paths, not {_short(raw['image'])}")
     marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed if turn.role == "user")
     if marks != len(images):
-        raise BadRow(f"field conversations has {marks} {IMAGE_MARK} marks in human turns, but field image has {len(images)}")
+        raise BadRow(
+            f"field conversations has {marks} {IMAGE_MARK} marks in human turns, but field image has {len(images)}"
+        )
     return Row(str(raw.get("id", "")), tuple(images), parsed)
 
 

@@ -1,10 +1,10 @@
 """Attention, with the mask that a batch needs.
 
-    rows of one segment        causal alone is enough: padding stands at the right end, and no earlier token sees it
-    rows of several segments   token i sees token j if j <= i and both are of the same segment (0 is padding)
-    decoding with a cache      token at position p sees the cache slots 0 ... p; slot and position are the same number
+rows of one segment        causal alone is enough: padding stands at the right end, and no earlier token sees it
+rows of several segments   token i sees token j if j <= i and both are of the same segment (0 is padding)
+decoding with a cache      token at position p sees the cache slots 0 ... p; slot and position are the same number
 
-    B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * R), K head width.
+B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * R), K head width.
 """
 
 import jax
@@ -54,9 +54,7 @@ def attend(
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(b, t, h, width)
 
 
-def _mask(
-    t: int, s: int, causal: bool, segment_ids: jax.Array | None, positions: jax.Array | None
-) -> jax.Array | None:
+def _mask(t: int, s: int, causal: bool, segment_ids: jax.Array | None, positions: jax.Array | None) -> jax.Array | None:
     """[B or 1, T, S] bool, True where attention is allowed; None where it is allowed everywhere."""
     if positions is not None:
         return jnp.arange(s)[None, None, :] <= positions[:, :, None]

@@ -1,7 +1,7 @@
 """The Llama language model (HF LlamaForCausalLM).
 
-    B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width, F MLP width, V vocabulary rows,
-    L layers, S cache slots.
+B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width, F MLP width, V vocabulary rows,
+L layers, S cache slots.
 """
 
 from typing import NamedTuple

@@ -1,10 +1,10 @@
 """The whole model: images -> ViT -> projector, spliced into the token embeddings -> Llama.
 
-    slots   -1  -1   0   1   2   3  -1  -1      (image_slots: -1 = text, else k*P + p)
-    tokens   1  45   0   0   0   0  87  12      (what stands at an image slot is not read)
-    input    e   e   f   f   f   f   e   e      (e: token embedding, f: projected feature p of image k)
+slots   -1  -1   0   1   2   3  -1  -1      (image_slots: -1 = text, else k*P + p)
+tokens   1  45   0   0   0   0  87  12      (what stands at an image slot is not read)
+input    e   e   f   f   f   f   e   e      (e: token embedding, f: projected feature p of image k)
 
-    B rows, T tokens, K images per row, P tokens per image, S side in pixels, D hidden size.
+B rows, T tokens, K images per row, P tokens per image, S side in pixels, D hidden size.
 """
 
 from typing import Any

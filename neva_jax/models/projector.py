@@ -1,6 +1,6 @@
 """The projector from image features to the language model's embedding space.
 
-    N images, P patches, E width of the features, D hidden size of the language model.
+N images, P patches, E width of the features, D hidden size of the language model.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """The CLIP vision transformer (HF CLIPVisionModel), up to the layer whose output feeds the projector.
 
-    N images, S side in pixels, P patches, D hidden size, H heads, K head width, F MLP width, L layers.
+N images, S side in pixels, P patches, D hidden size, H heads, K head width, F MLP width, L layers.
 """
 
 import jax
@@ -58,7 +58,9 @@ class VisionBlock(nnx.Module):
             attended = attend(q, k, v, causal=False)
             x = x + jnp.einsum("nphk,hkd->npd", attended, self.o[...].astype(dtype)) + self.o_bias[...].astype(dtype)
         with jax.named_scope("vision_mlp"):
-            y = jnp.einsum("npd,df->npf", self.mlp_norm(x), self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
+            y = jnp.einsum("npd,df->npf", self.mlp_norm(x), self.up[...].astype(dtype)) + self.up_bias[...].astype(
+                dtype
+            )
             y = constrain(ACTIVATIONS[self.activation](y), "batch", "length", "mlp")
             x = x + jnp.einsum("npf,fd->npd", y, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
             return constrain(x, "batch", "length", "features")

@@ -96,7 +96,9 @@ def _variable_sharding(mesh: Mesh, path: tuple, variable: nnx.Variable) -> Named
         ways = int(np.prod([mesh.shape[name] for name in ((part,) if isinstance(part, str) else part or ())]))
         if size % ways:
             name = ".".join(map(str, path))
-            raise UserError(f"mesh.shape: {axis}={size} of {name} {shape} is not divisible by the mesh axis {part}={ways}")
+            raise UserError(
+                f"mesh.shape: {axis}={size} of {name} {shape} is not divisible by the mesh axis {part}={ways}"
+            )
     return NamedSharding(mesh, partition)
 
 

@@ -1,0 +1,220 @@
+"""Generation: a checkpoint, prompts with images, answers token by token.
+
+Prompts of a batch are padded at the right. A token's cache slot is its position, and a token sees the slots up to its
+own, so what stands in the padding's slots is overwritten before anybody can see it:
+
+    row 0   a b c d e _ _ _        prefill: slots 0-7, logits taken at e
+    row 1   a b c _ _ _ _ _        first new token of row 1 goes to slot 3, where `_` was
+
+    B rows, T prompt length (a multiple of 64), S cache slots, K images per row, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from neva_jax.config import COMPONENTS, Config, image_tokens
+from neva_jax.data.images import load_image
+from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn
+from neva_jax.data.templates import TEMPLATES, encode_conversation
+from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError
+from neva_jax.inference.sampling import sample
+from neva_jax.models.llama import LayerCache, empty_cache
+from neva_jax.models.neva import abstract_model
+from neva_jax.parallel.mesh import one_device_mesh, shardings
+from neva_jax.precision.policy import compute_dtype
+from neva_jax.training.checkpoint import available_components, load_components, locate, read_meta
+
+BUCKET = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and its images; `<image>` marks in the text say where they stand, or none: before the text."""
+
+    text: str
+    images: tuple[np.ndarray, ...] = ()  # each [S, S, 3] uint8
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
+        if not self.temperature >= 0:
+            raise UserError(f"--temperature {self.temperature}: must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+
+
+@dataclass
+class Reply:
+    """An answer as it grows: its token ids, its text, and why it ended (`stop`, `length`, or None so far)."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    @property
+    def settled_text(self) -> str:
+        """The text without a character whose bytes are not complete yet; what may be shown while it grows."""
+        return self.text if self.finish_reason else self.text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+class Engine:
+    """A model ready to answer, on one device."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, params: dict, graphdef: nnx.GraphDef):
+        self.config, self.tokenizer, self.params = config, tokenizer, params
+        self.template = TEMPLATES[config.data.template]
+        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="slots")
+        self._decode = jax.jit(partial(_decode, graphdef), donate_argnames="cache")
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "Engine":
+        """Loads a run, or one of its steps; weights are held in the compute dtype.
+
+        Raises:
+          UserError: no checkpoint there, or one whose parts are missing.
+        """
+        step_dir = locate(path)
+        meta = read_meta(step_dir)
+        sources = available_components(step_dir)
+        if lacking := [name for name in COMPONENTS if name not in sources]:
+            raise UserError(f"{step_dir}: has no {' and no '.join(lacking)}")
+        config = meta.config
+        # The causal-only kernel has no cache mask; XLA's serves on every device.
+        model = dataclasses.replace(config.model, attention="xla")
+        graphdef, state = abstract_model(model, config.precision)
+        layout = shardings(one_device_mesh(), state)
+        dtype = compute_dtype(config.precision)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
+            nnx.to_pure_dict(state),
+            layout,
+        )
+        return cls(config, meta.tokenizer, load_components(abstract, sources), graphdef)
+
+    def read_image(self, path: str | Path) -> np.ndarray:
+        """An image file as the model sees it, [S, S, 3] uint8; raises BadRow."""
+        vision = self.config.model.vision
+        return load_image(path, vision.image_size, self.config.data.image_mode, vision.image_mean)
+
+    def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Reply]:
+        """Answers all requests as one batch."""
+        replies: list[Reply] = []
+        for replies in self.stream(requests, options):
+            pass
+        return replies
+
+    def stream(self, requests: Sequence[Request], options: SamplingOptions) -> Iterator[list[Reply]]:
+        """Answers all requests as one batch; yields the growing replies after each token.
+
+        Raises:
+          BadRow: marks and images do not agree in number.
+        """
+        batch, lengths = self._batch(requests)
+        rows, length = batch["tokens"].shape
+        slots = length + -(-options.max_new_tokens // BUCKET) * BUCKET
+        rng = jax.random.key(options.seed)
+        choice = (jnp.float32(options.temperature), jnp.float32(options.top_p))
+        tokens, cache = self._prefill(self.params, batch, lengths, jax.random.fold_in(rng, 0), *choice, slots=slots)
+        replies = [Reply() for _ in requests]
+        for step in range(1, options.max_new_tokens + 1):
+            for reply, token in zip(replies, np.asarray(tokens), strict=True):
+                self._extend(reply, int(token), last=step == options.max_new_tokens)
+            yield replies
+            if all(reply.finish_reason for reply in replies):
+                return
+            positions = jnp.asarray(lengths + step - 1)
+            tokens, cache = self._decode(
+                self.params, tokens, positions, jax.random.fold_in(rng, step), *choice, cache=cache
+            )
+
+    def _extend(self, reply: Reply, token: int, last: bool) -> None:
+        if reply.finish_reason:
+            return
+        if token == self.tokenizer.eos_id:
+            reply.finish_reason = "stop"
+            return
+        reply.ids.append(token)
+        reply.text = self.tokenizer.decode(reply.ids)
+        if self.template.stop and self.template.stop in reply.text:
+            reply.text = reply.text.split(self.template.stop)[0]
+            reply.finish_reason = "stop"
+        elif last:
+            reply.finish_reason = "length"
+
+    def _batch(self, requests: Sequence[Request]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Prompts as arrays [B, T], images [B, K, S, S, 3], and the prompts' lengths [B]."""
+        vision = self.config.model.vision
+        encoded = []
+        for request in requests:
+            marks = request.text.count(IMAGE_MARK)
+            text = request.text if marks else f"{IMAGE_MARK}\n" * len(request.images) + request.text
+            if marks and marks != len(request.images):
+                raise BadRow(f"the prompt has {marks} {IMAGE_MARK} marks, but {len(request.images)} images are given")
+            turn = Turn("user", text)
+            encoded.append(encode_conversation((turn,), self.template, self.tokenizer, image_tokens(vision)))
+        lengths = np.asarray([len(e.tokens) for e in encoded], np.int32)
+        length = -(-int(lengths.max()) // BUCKET) * BUCKET
+        most = max(1, *(len(request.images) for request in requests), 1)
+        images = np.zeros((len(requests), most, vision.image_size, vision.image_size, 3), np.uint8)
+        tokens = np.zeros((len(requests), length), np.int32)
+        image_slots = np.full((len(requests), length), -1, np.int32)
+        for row, (request, e) in enumerate(zip(requests, encoded, strict=True)):
+            tokens[row, : len(e.tokens)] = e.tokens
+            image_slots[row, : len(e.slots)] = e.slots
+            for k, image in enumerate(request.images):
+                images[row, k] = image
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+        return {"tokens": tokens, "image_slots": image_slots, "images": images, "positions": positions}, lengths
+
+
+def _prefill(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    batch: dict[str, jax.Array],
+    lengths: jax.Array,
+    rng: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    slots: int,
+) -> tuple[jax.Array, LayerCache]:
+    """Reads the prompts; returns the first new token of each row [B] and the cache [L, B, S, G, K]."""
+    model = nnx.merge(graphdef, params)
+    cache = empty_cache(model.llm.config, batch["tokens"].shape[0], slots, model.llm.dtype)
+    hidden, cache = model(batch, cache=cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return sample(model.llm.logits(last), rng, temperature, top_p), cache
+
+
+def _decode(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    tokens: jax.Array,
+    positions: jax.Array,
+    rng: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    cache: LayerCache,
+) -> tuple[jax.Array, LayerCache]:
+    """Reads one token [B] at its position [B]; returns the next token [B] and the cache."""
+    model = nnx.merge(graphdef, params)
+    hidden, cache = model.llm(model.llm.embed(tokens[:, None]), positions[:, None], cache=cache)
+    return sample(model.llm.logits(hidden[:, 0]), rng, temperature, top_p), cache

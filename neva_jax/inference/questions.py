@@ -1,0 +1,138 @@
+"""Question and answer files, as LLaVA's evaluation has them: one JSON object a line.
+
+question   {"question_id", "image"?, "text" (or "prompt", "question"), ...}
+answer     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+from tqdm import tqdm
+
+from neva_jax.data.images import find_image
+from neva_jax.data.rows import BadRow
+from neva_jax.errors import UserError
+from neva_jax.inference.engine import Engine, Request, SamplingOptions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of a question file; `raw` keeps the fields that only a benchmark knows."""
+
+    id: str | int
+    images: tuple[str, ...]
+    text: str
+    raw: dict[str, Any]
+    line: int
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not empty.
+
+    Raises:
+      UserError: unreadable, or a line that is no JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is no JSON ({error.msg})") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: line {number} must hold an object, not {line[:40]!r}")
+        yield number, value
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads a question file.
+
+    Raises:
+      UserError: a line without text, with an image that is no path, or with a question_id that stood before.
+    """
+    questions: list[Question] = []
+    seen: dict[str | int, int] = {}
+    for number, raw in read_jsonl(path):
+        text = next((raw[name] for name in ("text", "prompt", "question") if name in raw), None)
+        if not isinstance(text, str):
+            raise UserError(f"{path}: line {number}: field text (or prompt, or question) must be text, not {text!r}")
+        images = raw.get("image") or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            raise UserError(f"{path}: line {number}: field image must be a path or a list of paths, not {images!r}")
+        identity = raw.get("question_id", number)
+        if not isinstance(identity, str | int):
+            raise UserError(f"{path}: line {number}: field question_id must be a number or text, not {identity!r}")
+        if identity in seen:
+            raise UserError(f"{path}: line {number}: question_id {identity!r} stands in line {seen[identity]} already")
+        seen[identity] = number
+        questions.append(Question(identity, tuple(images), text, raw, number))
+    if not questions:
+        raise UserError(f"{path}: holds no questions")
+    return questions
+
+
+def answer_questions(
+    engine: Engine,
+    path: str | Path,
+    questions: Sequence[Question],
+    images: str | Path | None,
+    options: SamplingOptions,
+    batch_size: int,
+    model_id: str,
+) -> Iterator[dict[str, Any]]:
+    """Answers the questions of file `path` in batches, in order, with a progress bar.
+
+    Raises:
+      UserError: an image that is missing or broken, with the line of its question.
+    """
+    with tqdm(total=len(questions), unit="question", desc="answering") as bar:
+        for first in range(0, len(questions), batch_size):
+            group = questions[first : first + batch_size]
+            requests = [_request(engine, path, question, images) for question in group]
+            # Rows that fill up the last batch keep its shape, so that nothing is compiled again.
+            filled = requests + [requests[-1]] * (min(batch_size, len(questions)) - len(group))
+            replies = engine.generate(filled, options)[: len(group)]
+            for question, reply in zip(group, replies, strict=True):
+                yield {
+                    "question_id": question.id,
+                    "prompt": question.text,
+                    "text": reply.text.strip(),
+                    "answer_id": uuid5(NAMESPACE_URL, f"{model_id}/{question.id}/{reply.text}").hex,
+                    "model_id": model_id,
+                    "metadata": {"finish_reason": reply.finish_reason},
+                }
+            bar.update(len(group))
+
+
+def _request(engine: Engine, path: str | Path, question: Question, images: str | Path | None) -> Request:
+    try:
+        return Request(question.text, tuple(engine.read_image(find_image(images, name)) for name in question.images))
+    except BadRow as error:
+        raise UserError(f"{path}: line {question.line}: {error}") from None
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows beside `path` and moves them there when all are written; returns their number."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.tmp")
+    count = 0
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return count
