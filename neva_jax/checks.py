@@ -1,4 +1,4 @@
-"""Every check of a configuration that needs no data: each failure is one line that names the key and quotes the numbers."""
+"""Every check of a configuration that needs no data: a failure is one line with the key and the numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> int:
     if train.global_batch % rows:
         raise UserError(
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch} x "
-            f"{sizes['data'] * sizes['fsdp']} data-parallel groups (data={sizes['data']}, fsdp={sizes['fsdp']}) = {rows}"
+            f"{sizes['data'] * sizes['fsdp']} data-parallel groups (data={sizes['data']}, fsdp={sizes['fsdp']}) "
+            f"= {rows}"
         )
     llm, vision = config.model.llm, config.model.vision
     over_tensor = {
@@ -82,22 +83,24 @@ _AT_LEAST_ONE = """
     model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
     model.vision.num_layers model.vision.num_heads model.llm.vocab_size model.llm.vocab_multiple model.llm.hidden_size
     model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim
-""".split()
+"""
 _NOT_NEGATIVE = """
     run.seed data.workers optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps
     optimizer.weight_decay data.max_bad_fraction
-""".split()
-_ABOVE_ZERO = "optimizer.eps optimizer.clip_norm model.vision.norm_eps model.llm.norm_eps model.llm.init_std".split()
+"""
+_ABOVE_ZERO = """
+    optimizer.eps optimizer.clip_norm model.vision.norm_eps model.llm.norm_eps model.llm.init_std model.llm.rope_base
+"""
 
 
 def _check_ranges(config: Config) -> None:
-    for name in _AT_LEAST_ONE:
+    for name in _AT_LEAST_ONE.split():
         if (value := _get(config, name)) is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    for name in _NOT_NEGATIVE:
+    for name in _NOT_NEGATIVE.split():
         if not _get(config, name) >= 0:  # `not >=` also catches NaN
             raise UserError(f"{name}={_get(config, name)} must not be negative")
-    for name in _ABOVE_ZERO:
+    for name in _ABOVE_ZERO.split():
         if (value := _get(config, name)) is not None and not value > 0:
             raise UserError(f"{name}={value} must be above 0")
     for name in ("optimizer.beta1", "optimizer.beta2"):
@@ -113,7 +116,8 @@ def _check_model(model: ModelConfig) -> None:
     vision, llm = model.vision, model.llm
     if vision.image_size % vision.patch_size:
         raise UserError(
-            f"model.vision.image_size={vision.image_size} is not divisible by model.vision.patch_size={vision.patch_size}"
+            f"model.vision.image_size={vision.image_size} is not divisible by "
+            f"model.vision.patch_size={vision.patch_size}"
         )
     if vision.hidden_size % vision.num_heads:
         raise UserError(

@@ -4,6 +4,8 @@ A run is described by one YAML file plus `section.key=value` overrides. Both are
 below by OmegaConf, so an unknown key or a wrong type cannot pass. `docs/configuration.md` is generated from them.
 """
 
+# ruff: noqa: RUF009 (`key` makes a dataclass field)
+
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
@@ -35,8 +37,8 @@ class RunConfig:
     seed: int = key(1234, "Seed of the data order and of every random initialisation.")
     resume: Literal["auto", "never", "must"] = key(
         "auto",
-        "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` refuses to start without one; "
-        "`never` refuses to start with one.",
+        "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` needs one; `never` refuses to "
+        "start where there is one.",
     )
 
 

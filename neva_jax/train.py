@@ -269,7 +269,8 @@ def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: d
     trained, frozen = trained_components(config.model), frozen_components(config.model)
     mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     return (
-        f"training {'+'.join(trained)} ({millions(trained)}), frozen {'+'.join(frozen) or 'nothing'} ({millions(frozen)}); "
+        f"training {'+'.join(trained)} ({millions(trained)}), "
+        f"frozen {'+'.join(frozen) or 'nothing'} ({millions(frozen)}); "
         f"{rows.row_count} rows, {config.train.global_batch} per step in {accumulate} micro batches; "
         f"mesh {mesh} on {jax.devices()[0].device_kind}; {config.precision.compute}"
     )

@@ -117,9 +117,7 @@ class Engine:
 
     def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Reply]:
         """Answers all requests as one batch."""
-        replies: list[Reply] = []
-        for replies in self.stream(requests, options):
-            pass
+        *_, replies = self.stream(requests, options)
         return replies
 
     def stream(self, requests: Sequence[Request], options: SamplingOptions) -> Iterator[list[Reply]]:
@@ -129,7 +127,7 @@ class Engine:
           BadRow: marks and images do not agree in number.
         """
         batch, lengths = self._batch(requests)
-        rows, length = batch["tokens"].shape
+        length = batch["tokens"].shape[1]
         slots = length + -(-options.max_new_tokens // BUCKET) * BUCKET
         rng = jax.random.key(options.seed)
         choice = (jnp.float32(options.temperature), jnp.float32(options.top_p))

@@ -1,4 +1,4 @@
-"""From a configuration to parameters and optimizer state on the mesh: shapes first, then values straight onto shards."""
+"""From a configuration to parameters and optimizer state: shapes first, then values straight onto their shards."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,8 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
         llm = dataclasses.replace(llm, vocab_size=tokenizer.size)
     if padded_vocab(llm) < tokenizer.size:
         raise UserError(
-            f"model.llm.vocab_size={llm.vocab_size} is smaller than the {tokenizer.size} tokens of {config.model.tokenizer}"
+            f"model.llm.vocab_size={llm.vocab_size} is smaller than the {tokenizer.size} tokens "
+            f"of {config.model.tokenizer}"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
 
@@ -86,8 +87,8 @@ def initialise_parameters(config: Config, abstract: Parameters, say: Callable[[s
     stuck = [name for name in missing if name in frozen_components(config.model)]
     if stuck and not config.model.allow_random_frozen:
         raise UserError(
-            f"model.init_from={config.model.init_from} has no {' and no '.join(stuck)}, which would stay frozen at random "
-            "weights; name another checkpoint, or set model.allow_random_frozen=true"
+            f"model.init_from={config.model.init_from} has no {' and no '.join(stuck)}, which would stay frozen at "
+            "random weights; name another checkpoint, or set model.allow_random_frozen=true"
         )
     params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
     if missing:

@@ -1,0 +1,389 @@
+"""Draw the quickstart's data set: pictures of coloured shapes, with captions, questions and answers in LLaVA's JSON.
+
+    python scripts/make_shapes.py --out runs/quickstart/data
+
+Objects of one picture differ in colour and in shape, so every question has exactly one right answer. The colour-shape
+pairs in HELD_OUT_COMBINATIONS occur in the `unseen` split only. A picture and its questions follow from (seed, split,
+index) alone; dataset.json is written last and says that the set is complete.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+FORMAT = 1  # raise it when the same parameters would give another data set
+VAL_ROWS = 128
+COLORS = {
+    "red": (222, 28, 36),
+    "green": (30, 150, 50),
+    "blue": (36, 64, 226),
+    "yellow": (244, 216, 24),
+    "purple": (158, 40, 190),
+    "cyan": (20, 200, 216),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": (0.23, 0.26), "large": (0.35, 0.39)}  # side of the bounding box, as a part of the picture's width
+HELD_OUT_COMBINATIONS = (("blue", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"))
+CATEGORIES = ("color", "shape", "count", "side", "yes_no")
+PROMPTS = (
+    "Provide a brief description of the given image.",
+    "Describe the image concisely.",
+    "Give a short description of the image.",
+    "What is in the image?",
+)
+GAP = 0.04  # free space between two objects
+NEAR = 0.06  # least difference between any two x centres, so that a caption's order can be seen
+CLEAR = 0.15  # least difference of x centres for a question about left and right
+DATA_FILES = ("pretrain.json", "finetune.json", "val.json", "heldout.jsonl", "unseen.jsonl")
+
+Color = tuple[int, int, int]
+Scene = Sequence[tuple[str, str]]  # (colour, shape) of every object, from left to right
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object; x and y are its centre and side its bounding box, as parts of the picture's width."""
+
+    color: str
+    shape: str
+    size: str
+    x: float
+    y: float
+    side: float
+    rgb: Color
+
+    @property
+    def combination(self) -> tuple[str, str]:
+        return self.color, self.shape
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All that a picture is drawn from; objects are listed from left to right."""
+
+    objects: tuple[Object, ...]
+    background: str
+    tones: tuple[Color, Color]
+    angle: float
+    noise: float
+    noise_seed: int
+    quality: int
+
+    @property
+    def scene(self) -> Scene:
+        return tuple(thing.combination for thing in self.objects)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; the words are what its template is filled with."""
+
+    kind: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def category(self) -> str:
+        return self.kind if self.kind in CATEGORIES else "yes_no"
+
+    @property
+    def text(self) -> str:
+        templates = {
+            "color": "What color is the {}?",
+            "shape": "Which shape is {}?",
+            "count": "How many objects are there?",
+            "side": "Which shape is furthest {}?",
+            "exists": "Is there a {} {}?",
+            "left_of": "Is the {} left of the {}?",
+        }
+        return templates[self.kind].format(*self.words)
+
+
+def answer(question: Question, scene: Scene) -> str:
+    """The one right answer; empty where the question cannot be asked (the colour of a circle that is not there)."""
+    colors = [color for color, _ in scene]
+    shapes = [shape for _, shape in scene]
+    match question.kind, question.words:
+        case "color", (shape,):
+            return colors[shapes.index(shape)] if shape in shapes else ""
+        case "shape", (color,):
+            return shapes[colors.index(color)] if color in colors else ""
+        case "count", ():
+            return str(len(scene))
+        case "side", (side,):
+            return shapes[0 if side == "left" else -1]
+        case "exists", combination:
+            return "yes" if combination in scene else "no"
+        case "left_of", (first, second):
+            if first not in shapes or second not in shapes:
+                return ""
+            return "yes" if shapes.index(first) < shapes.index(second) else "no"
+    raise ValueError(f"no such kind of question: {question.kind}")
+
+
+def make_picture(rng: random.Random, count: int, unseen: bool) -> Picture:
+    """A random picture of `count` objects, with one held-out combination if `unseen` and none otherwise."""
+    first = [rng.choice(HELD_OUT_COMBINATIONS)] if unseen else []
+    while True:
+        rest = list(zip(rng.sample(list(COLORS), count), rng.sample(SHAPES, count), strict=True))[len(first) :]
+        different = all(len({pair[i] for pair in first + rest}) == count for i in (0, 1))
+        if different and not set(rest) & set(HELD_OUT_COMBINATIONS):
+            break
+    light = rng.random() < 0.5
+    return Picture(
+        objects=place(rng, first + rest),
+        background=rng.choice(("plain", "gradient", "stripes")),
+        tones=(background_tone(rng, light), background_tone(rng, light)),
+        angle=rng.uniform(0, 2 * math.pi),
+        noise=rng.uniform(1, 6),
+        noise_seed=rng.getrandbits(63),
+        quality=rng.randint(60, 95),
+    )
+
+
+def place(rng: random.Random, combinations: list[tuple[str, str]]) -> tuple[Object, ...]:
+    """Give each combination a size and a place: inside, apart from the others, one clearly furthest left or right."""
+    while True:
+        objects: list[Object] = []
+        for color, shape in combinations:
+            size = rng.choice(list(SIZES))
+            side = rng.uniform(*SIZES[size])
+            margin = side / 2 + 0.02
+            x, y = rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin)
+            rgb = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[color])
+            thing = Object(color, shape, size, x, y, side, rgb)
+            if any(abs(other.x - x) < NEAR or overlap(other, thing) for other in objects):
+                break
+            objects.append(thing)
+        objects.sort(key=lambda thing: thing.x)
+        if len(objects) == len(combinations) and clear_ends(objects):
+            return tuple(objects)
+
+
+def overlap(a: Object, b: Object) -> bool:
+    """Whether the bounding boxes come closer than GAP."""
+    return max(abs(a.x - b.x), abs(a.y - b.y)) < (a.side + b.side) / 2 + GAP
+
+
+def clear_ends(objects: Sequence[Object]) -> dict[str, Object]:
+    """The objects that are beyond doubt furthest to the left and to the right."""
+    ends = {}
+    if objects[1].x - objects[0].x >= CLEAR:
+        ends["left"] = objects[0]
+    if objects[-1].x - objects[-2].x >= CLEAR:
+        ends["right"] = objects[-1]
+    return ends
+
+
+def background_tone(rng: random.Random, light: bool) -> Color:
+    """A nearly grey tone: no object's colour is one, however light or dark."""
+    base = rng.randint(205, 240) if light else rng.randint(20, 60)
+    return tuple(base + rng.randint(-10, 10) for _ in range(3))
+
+
+def draw(picture: Picture, size: int) -> Image.Image:
+    """Draw a picture of size x size pixels."""
+    down, right = np.mgrid[:size, :size] / size - 0.5
+    along = right * math.cos(picture.angle) + down * math.sin(picture.angle)
+    first, second = np.array(picture.tones, dtype=np.float64)
+    if picture.background == "gradient":
+        weight = np.clip(along + 0.5, 0, 1)
+    elif picture.background == "stripes":
+        weight = 0.5 * (np.sin(along * 50) > 0)
+    else:
+        weight = np.zeros_like(along)
+    pixels = first + weight[..., None] * (second - first)
+    for thing in picture.objects:
+        cover = coverage(thing, size)[..., None]
+        pixels = pixels * (1 - cover) + np.array(thing.rgb) * cover
+    pixels = pixels + np.random.default_rng(picture.noise_seed).normal(0, picture.noise, pixels.shape)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def coverage(thing: Object, size: int) -> np.ndarray:
+    """How much of every pixel an object covers, 0..1; drawn four times as large, for smooth edges."""
+    scale = 4 * size
+    mask = Image.new("L", (scale, scale))
+    pen = ImageDraw.Draw(mask)
+    half = thing.side / 2
+    left, right = (thing.x - half) * scale, (thing.x + half) * scale
+    top, bottom = (thing.y - half) * scale, (thing.y + half) * scale
+    if thing.shape == "circle":
+        pen.ellipse((left, top, right, bottom), fill=255)
+    elif thing.shape == "square":
+        pen.rectangle((left, top, right, bottom), fill=255)
+    elif thing.shape == "triangle":
+        pen.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=255)
+    else:
+        third = (right - left) / 3
+        pen.rectangle((left + third, top, right - third, bottom), fill=255)
+        pen.rectangle((left, top + third, right, bottom - third), fill=255)
+    return np.asarray(mask.reduce(4), dtype=np.float64) / 255
+
+
+def make_questions(rng: random.Random, picture: Picture, index: int, unseen: bool) -> list[Question]:
+    """Four questions of different categories, in random order; none is answered by those before it.
+
+    The index decides which category is left out and which answer the yes/no question has, so that every run of 20
+    pictures is balanced. In the unseen split they ask about the held-out object; each is asked alone there.
+    """
+    categories = [category for place, category in enumerate(CATEGORIES) if place != index % len(CATEGORIES)]
+    while True:
+        rng.shuffle(categories)
+        questions = [make_question(rng, picture, category, index, unseen) for category in categories]
+        if unseen or not given_away(questions, picture.scene):
+            return questions
+
+
+def make_question(rng: random.Random, picture: Picture, category: str, index: int, unseen: bool) -> Question:
+    """A question of one category; in the unseen split about the held-out object, where there is such a question."""
+    held_out = [thing for thing in picture.objects if thing.combination in HELD_OUT_COMBINATIONS]
+    subject = rng.choice(held_out or picture.objects)
+    if category == "color":
+        return Question("color", (subject.shape,))
+    if category == "shape":
+        return Question("shape", (subject.color,))
+    if category == "count":
+        return Question("count")
+    if category == "side":
+        ends = clear_ends(picture.objects)
+        sides = [side for side, thing in ends.items() if thing in held_out] or list(ends)
+        return Question("side", (rng.choice(sides),))
+    yes = index % 2 == 0
+    if index % 4 < 2:
+        return Question("exists", subject.combination if yes else absent_combination(rng, picture, unseen))
+    pairs = [(a, b) for a in picture.objects for b in picture.objects if b.x - a.x >= CLEAR]
+    pairs = [pair for pair in pairs if set(pair) & set(held_out)] or pairs
+    left, right = rng.choice(pairs)
+    return Question("left_of", (left.shape, right.shape) if yes else (right.shape, left.shape))
+
+
+def absent_combination(rng: random.Random, picture: Picture, unseen: bool) -> tuple[str, str]:
+    """A combination that the picture lacks; half of the time its colour and its shape are both there, apart.
+
+    Held-out combinations are asked for in the unseen split and nowhere else: a "no" in training would teach them.
+    """
+    absent = [
+        pair
+        for pair in product(COLORS, SHAPES)
+        if pair not in picture.scene and (pair in HELD_OUT_COMBINATIONS) == unseen
+    ]
+    colors, shapes = zip(*picture.scene, strict=True)
+    crossed = [pair for pair in absent if pair[0] in colors and pair[1] in shapes]
+    return rng.choice(crossed if crossed and rng.random() < 0.5 else absent)
+
+
+@cache
+def seen_scenes() -> list[Scene]:
+    """Every arrangement that can occur outside the unseen split."""
+    scenes = (
+        tuple(zip(colors, shapes, strict=True))
+        for count in (2, 3, 4)
+        for colors in permutations(COLORS, count)
+        for shapes in permutations(SHAPES, count)
+    )
+    return [scene for scene in scenes if not set(scene) & set(HELD_OUT_COMBINATIONS)]
+
+
+@cache
+def possible_answers(question: Question) -> np.ndarray:
+    """The question's answer in each of the seen scenes."""
+    return np.array([answer(question, scene) for scene in seen_scenes()])
+
+
+def given_away(questions: Iterable[Question], scene: Scene) -> bool:
+    """Whether some answer follows, without the picture, from the questions and answers before it."""
+    possible = np.ones(len(seen_scenes()), dtype=bool)
+    for question in questions:
+        answers = possible_answers(question)
+        possible &= answers != ""
+        agrees = answers == answer(question, scene)
+        if not (possible & ~agrees).any():
+            return True
+        possible &= agrees
+    return False
+
+
+def make_sample(seed: int, split: str, index: int) -> tuple[Picture, list[Question]]:
+    """The picture with this number in a split, and its four questions."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    picture = make_picture(rng, count=2 + index % 3, unseen=split == "unseen")
+    return picture, make_questions(rng, picture, index, unseen=split == "unseen")
+
+
+def write_sample(job: tuple[str, int], out: Path, seed: int, size: int) -> tuple[Picture, list[Question]]:
+    """Make one sample and write its picture below `out`."""
+    split, index = job
+    picture, questions = make_sample(seed, split, index)
+    draw(picture, size).save(out / "images" / image_name(split, index), quality=picture.quality)
+    return picture, questions
+
+
+def image_name(split: str, index: int) -> str:
+    return f"{split}/{index:06d}.jpg"
+
+
+def caption(picture: Picture) -> str:
+    """All objects from left to right."""
+    return ", ".join(f"a {thing.size} {thing.color} {thing.shape}" for thing in picture.objects) + "."
+
+
+def pretrain_row(seed: int, split: str, index: int, picture: Picture) -> dict:
+    """A caption in LLaVA's pretraining format; the marker <image> stands before or after the prompt."""
+    rng = random.Random(f"{seed}/{split}/{index}/prompt")
+    prompt = rng.choice(PROMPTS)
+    text = f"<image>\n{prompt}" if rng.random() < 0.5 else f"{prompt}\n<image>"
+    return row(split, index, [text, caption(picture)])
+
+
+def finetune_row(split: str, index: int, picture: Picture, questions: list[Question]) -> dict:
+    """A conversation of four questions and answers."""
+    turns = [text for question in questions for text in (question.text, answer(question, picture.scene))]
+    turns[0] = "<image>\n" + turns[0]
+    return row(split, index, turns)
+
+
+def row(split: str, index: int, turns: list[str]) -> dict:
+    conversations = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"id": f"{split}-{index:06d}", "image": image_name(split, index), "conversations": conversations}
+
+
+def write_json(path: Path, rows: Iterable[dict], lines: bool = False) -> None:
+    """Write rows as a JSON list, or as JSON lines; one row a line either way."""
+    texts = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(texts) + "\n" if lines else "[\n" + ",\n".join(texts) + "\n]\n")
+
+
+def write_set(out: Path, seed: int, size: int, counts: dict[str, int], processes: int) -> None:
+    """Draw all pictures and write the JSON files."""
+    for split in counts:
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+    (out / "grey" / "heldout").mkdir(parents=True, exist_ok=True)
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    work = partial(write_sample, out=out, seed=seed, size=size)
+    processes = processes or min(os.cpu_count() or 1, math.ceil(len(jobs) / 500))
+    if processes == 1:
+        samples = list(tqdm(map(work, jobs), total=len(jobs), unit="picture"))
+    else:
+        with ProcessPoolExecutor(processes) as pool:
+            samples = list(tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), unit="picture"))
+    made = {split: [(*job, *sample) for job, sample in zip(jobs, samples, strict=True) if job[0] == split] for split in counts}
+    write_json(out / "pretrain.json", [pretrain_row(seed, split, index, picture) for split, index, picture, _ in made["train"]])
+    write_json(out / "finetune.json", [finetune_row(*sample) for sample in made["train"]])
+    write_json(out / "val.json", [finetune_row(*sample) for sample in made["val"]])
+    for split in ("heldout", "unseen"):
+        write_json(out / f"{split}.jsonl", question_lines(made[split]), lines=True)
+    for index in range(counts["heldout"]):
+        Image.new("RGB", (size, size), (128, 128, 128)).save(out / "grey" / image_name("heldout", index))

@@ -1,0 +1,146 @@
+"""Fixtures that all tests share: a tiny tokenizer, a tiny LLaVA data set, and the settings of a tiny run."""
+
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before anything imports jax: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image, ImageDraw
+
+COLORS = {"red": (210, 30, 40), "green": (30, 150, 50), "blue": (40, 60, 220), "yellow": (240, 210, 30)}
+SHAPES = ("circle", "square")
+CORPUS = """\
+A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and \
+polite answers to the user's questions. USER: What is in the picture? ASSISTANT: A red circle on a white ground.
+USER: Which colour does the shape have? ASSISTANT: It is blue. USER: Are you sure? ASSISTANT: Yes, it is.
+Provide a brief description of the given image. A green square is on the left, a yellow circle is on the right.
+How many shapes are there? There are 2 shapes: one circle, and one square (0123456789).
+The quick brown fox jumps over the lazy dog; "JUST VIEW HER PICK OF ZIGZAG X QUILTS," the dog says - #1 & #2!
+def area(side):    return side * side  # four  spaces, two  spaces
+"""
+
+
+@dataclass(frozen=True)
+class LlavaData:
+    """A LLaVA data set on disk: `json` (rows to train on) and `val_json`, image paths relative to `images`."""
+
+    json: Path
+    val_json: Path
+    images: Path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    """A SentencePiece BPE model of 400 pieces, trained with the options of Llama's. Do not change the file."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines() * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path):
+    """`tokenizer_path` as a `neva_jax.data.tokenizer.Tokenizer`."""
+    from neva_jax.data.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def llava_data(tmp_path_factory) -> LlavaData:
+    """25 training rows (every fourth has two rounds, the last has no image), 8 validation rows. Do not change them."""
+    folder = tmp_path_factory.mktemp("llava")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(24):
+        color, shape = list(COLORS)[i % 4], SHAPES[i // 4 % 2]
+        width, height = (int(n) for n in rng.integers(24, 64, 2))
+        image = Image.new("RGB", (width, height), "white")
+        box = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
+        draw = ImageDraw.Draw(image)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=COLORS[color])
+        name = f"{i // 12}/{i:02d}.jpg"
+        (folder / "images" / name).parent.mkdir(exist_ok=True)
+        image.save(folder / "images" / name, quality=90)
+        turns = [("<image>\nWhat is in the picture?", f"A {color} {shape}.")]
+        if i % 4 == 3:
+            turns.append(("Which colour does it have?", color))
+        rows.append(_row(f"shape-{i}", turns, name))
+    text_only = _row("text-only", [("How many sides does a square have?", "4")])
+    data = LlavaData(folder / "rows.json", folder / "val.json", folder / "images")
+    data.json.write_text(json.dumps([*rows, text_only]))
+    data.val_json.write_text(json.dumps(rows[::3]))
+    return data
+
+
+def _row(name: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    return {"id": name, **({"image": image} if image else {}), "conversations": said}
+
+
+@pytest.fixture
+def small_overrides(tmp_path, tokenizer_path, llava_data) -> list[str]:
+    """`section.key=value` overrides of a tiny run in `tmp_path / "run"`; append to the list to change one."""
+    return [
+        f"run.dir={tmp_path / 'run'}",
+        f"model.tokenizer={tokenizer_path}",
+        "model.allow_random_frozen=true",
+        "model.vision.image_size=32",
+        "model.vision.patch_size=8",
+        "model.vision.hidden_size=32",
+        "model.vision.intermediate_size=64",
+        "model.vision.num_layers=2",
+        "model.vision.num_heads=4",
+        "model.vision.freeze=true",
+        "model.llm.hidden_size=32",
+        "model.llm.intermediate_size=64",
+        "model.llm.num_layers=2",
+        "model.llm.num_heads=4",
+        "model.llm.num_kv_heads=2",
+        f"data.train=[{{json: {llava_data.json}, images: {llava_data.images}}}]",
+        f"data.val=[{{json: {llava_data.val_json}, images: {llava_data.images}}}]",
+        "data.max_length=160",
+        "data.workers=0",
+        "precision.compute=fp32",
+        "train.global_batch=8",
+        "train.micro_batch=8",
+        "train.steps=4",
+        "optimizer.warmup_steps=1",
+        "checkpoint.every=2",
+        "eval.every=2",
+        "eval.batches=1",
+        "log.every=1",
+        "log.tensorboard=false",
+        # One device, whatever the machine has; a test of another mesh says so.
+        "mesh.shape=data=1",
+    ]
