@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +26,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 FORMAT = 1  # raise it when the same parameters would give another data set
-VAL_ROWS = 128
+DRAWS = 8  # tries to find questions that give no other one away
+ASKED_ALONE = ("heldout", "unseen")  # splits whose questions are no conversation
 COLORS = {
     "red": (222, 28, 36),
     "green": (30, 150, 50),
@@ -47,7 +49,6 @@ PROMPTS = (
 GAP = 0.04  # free space between two objects
 NEAR = 0.06  # least difference between any two x centres, so that a caption's order can be seen
 CLEAR = 0.15  # least difference of x centres for a question about left and right
-DATA_FILES = ("pretrain.json", "finetune.json", "val.json", "heldout.jsonl", "unseen.jsonl")
 
 Color = tuple[int, int, int]
 Scene = Sequence[tuple[str, str]]  # (colour, shape) of every object, from left to right
@@ -233,18 +234,26 @@ def coverage(thing: Object, size: int) -> np.ndarray:
     return np.asarray(mask.reduce(4), dtype=np.float64) / 255
 
 
-def make_questions(rng: random.Random, picture: Picture, index: int, unseen: bool) -> list[Question]:
-    """Four questions of different categories, in random order; none is answered by those before it.
+def make_questions(rng: random.Random, picture: Picture, index: int, split: str) -> list[Question]:
+    """Four questions of different categories, in random order.
 
     The index decides which category is left out and which answer the yes/no question has, so that every run of 20
-    pictures is balanced. In the unseen split they ask about the held-out object; each is asked alone there.
+    pictures is balanced. In the unseen split they ask about the held-out object. Held-out questions are asked alone;
+    those of a conversation must not be answered by the turns before them, so some are drawn again, or left out where a
+    picture of few objects has no four such questions.
     """
+    unseen = split == "unseen"
     categories = [category for place, category in enumerate(CATEGORIES) if place != index % len(CATEGORIES)]
-    while True:
+    best: list[Question] = []
+    for _ in range(DRAWS):
         rng.shuffle(categories)
         questions = [make_question(rng, picture, category, index, unseen) for category in categories]
-        if unseen or not given_away(questions, picture.scene):
-            return questions
+        kept = questions if split in ASKED_ALONE else without_given_away(questions, picture.scene)
+        if len(kept) > len(best):
+            best = kept
+        if len(best) == len(questions):
+            break
+    return best
 
 
 def make_question(rng: random.Random, picture: Picture, category: str, index: int, unseen: bool) -> Question:
@@ -303,24 +312,25 @@ def possible_answers(question: Question) -> np.ndarray:
     return np.array([answer(question, scene) for scene in seen_scenes()])
 
 
-def given_away(questions: Iterable[Question], scene: Scene) -> bool:
-    """Whether some answer follows, without the picture, from the questions and answers before it."""
+def without_given_away(questions: Iterable[Question], scene: Scene) -> list[Question]:
+    """The questions whose answer does not follow, without the picture, from the questions and answers before them."""
     possible = np.ones(len(seen_scenes()), dtype=bool)
+    kept = []
     for question in questions:
         answers = possible_answers(question)
-        possible &= answers != ""
+        can_be_asked = possible & (answers != "")
         agrees = answers == answer(question, scene)
-        if not (possible & ~agrees).any():
-            return True
-        possible &= agrees
-    return False
+        if (can_be_asked & ~agrees).any():
+            kept.append(question)
+            possible = can_be_asked & agrees
+    return kept
 
 
 def make_sample(seed: int, split: str, index: int) -> tuple[Picture, list[Question]]:
-    """The picture with this number in a split, and its four questions."""
+    """The picture with this number in a split, and its questions."""
     rng = random.Random(f"{seed}/{split}/{index}")
     picture = make_picture(rng, count=2 + index % 3, unseen=split == "unseen")
-    return picture, make_questions(rng, picture, index, unseen=split == "unseen")
+    return picture, make_questions(rng, picture, index, split)
 
 
 def write_sample(job: tuple[str, int], out: Path, seed: int, size: int) -> tuple[Picture, list[Question]]:
@@ -349,7 +359,7 @@ def pretrain_row(seed: int, split: str, index: int, picture: Picture) -> dict:
 
 
 def finetune_row(split: str, index: int, picture: Picture, questions: list[Question]) -> dict:
-    """A conversation of four questions and answers."""
+    """A conversation of up to four questions and answers."""
     turns = [text for question in questions for text in (question.text, answer(question, picture.scene))]
     turns[0] = "<image>\n" + turns[0]
     return row(split, index, turns)
@@ -360,30 +370,83 @@ def row(split: str, index: int, turns: list[str]) -> dict:
     return {"id": f"{split}-{index:06d}", "image": image_name(split, index), "conversations": conversations}
 
 
+def question_lines(split: str, index: int, picture: Picture, questions: list[Question]) -> list[dict]:
+    """One line for each question, as `python -m neva_jax.evaluate` reads them."""
+    return [
+        {
+            "question_id": f"{split}-{index:06d}-{i}",
+            "image": image_name(split, index),
+            "text": question.text,
+            "answer": answer(question, picture.scene),
+            "category": question.category,
+        }
+        for i, question in enumerate(questions)
+    ]
+
+
 def write_json(path: Path, rows: Iterable[dict], lines: bool = False) -> None:
     """Write rows as a JSON list, or as JSON lines; one row a line either way."""
     texts = [json.dumps(row) for row in rows]
     path.write_text("\n".join(texts) + "\n" if lines else "[\n" + ",\n".join(texts) + "\n]\n")
 
 
-def write_set(out: Path, seed: int, size: int, counts: dict[str, int], processes: int) -> None:
+def write_set(out: Path, seed: int, size: int, counts: dict[str, int]) -> None:
     """Draw all pictures and write the JSON files."""
     for split in counts:
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
     (out / "grey" / "heldout").mkdir(parents=True, exist_ok=True)
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     work = partial(write_sample, out=out, seed=seed, size=size)
-    processes = processes or min(os.cpu_count() or 1, math.ceil(len(jobs) / 500))
-    if processes == 1:
-        samples = list(tqdm(map(work, jobs), total=len(jobs), unit="picture"))
-    else:
-        with ProcessPoolExecutor(processes) as pool:
-            samples = list(tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), unit="picture"))
-    made = {split: [(*job, *sample) for job, sample in zip(jobs, samples, strict=True) if job[0] == split] for split in counts}
-    write_json(out / "pretrain.json", [pretrain_row(seed, split, index, picture) for split, index, picture, _ in made["train"]])
+    with ProcessPoolExecutor(os.cpu_count() or 1) as pool:
+        bar = tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), unit="picture", desc="drawing")
+        samples = dict(zip(jobs, bar, strict=True))
+    made = {split: [(split, index, *samples[split, index]) for index in range(counts[split])] for split in counts}
+    captions = [pretrain_row(seed, split, index, picture) for split, index, picture, _ in made["train"]]
+    write_json(out / "pretrain.json", captions)
     write_json(out / "finetune.json", [finetune_row(*sample) for sample in made["train"]])
     write_json(out / "val.json", [finetune_row(*sample) for sample in made["val"]])
-    for split in ("heldout", "unseen"):
-        write_json(out / f"{split}.jsonl", question_lines(made[split]), lines=True)
+    for split in ASKED_ALONE:
+        lines = [line for sample in made[split] for line in question_lines(*sample)]
+        write_json(out / f"{split}.jsonl", lines, lines=True)
+    grey = Image.new("RGB", (size, size), (128, 128, 128))
     for index in range(counts["heldout"]):
-        Image.new("RGB", (size, size), (128, 128, 128)).save(out / "grey" / image_name("heldout", index))
+        grey.save(out / "grey" / image_name("heldout", index))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and draw; return the exit status."""
+    parser = argparse.ArgumentParser(description="Draw pictures of coloured shapes, with captions and questions.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
+    for split, count in (("train", 6000), ("val", 128), ("heldout", 50), ("unseen", 50)):
+        parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default: {count})")
+    parser.add_argument("--force", action="store_true", help="replace a data set with other parameters")
+    options = parser.parse_args(arguments)
+    counts = {split: getattr(options, split) for split in ("train", "val", "heldout", "unseen")}
+    wrong = {"size": options.size < 16, **{split: count < 1 for split, count in counts.items()}}
+    for name in (name for name, bad in wrong.items() if bad):
+        parser.error(f"--{name} {getattr(options, name)}: must be at least {16 if name == 'size' else 1}")
+
+    out: Path = options.out
+    stamp = {"format": FORMAT, "seed": options.seed, "size": options.size, "counts": counts}
+    complete, unfinished = out / "dataset.json", out / "unfinished"
+    if complete.is_file() and json.loads(complete.read_text()) == stamp:
+        print(f"{out}: is complete already")
+        return 0
+    if out.exists() and not unfinished.exists() and not options.force and any(out.iterdir()):
+        parser.error(f"--out {out}: holds other files or another data set; name another folder, or add --force")
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    complete.unlink(missing_ok=True)
+    for folder in ("images", "grey"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    write_set(out, options.seed, options.size, counts)
+    complete.write_text(json.dumps(stamp) + "\n")
+    unfinished.unlink()
+    print(f"{out}: {sum(counts.values())} pictures ({', '.join(f'{n} {split}' for split, n in counts.items())})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
