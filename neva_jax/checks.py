@@ -1,5 +1,6 @@
 """Every check of a configuration that needs no data: a failure is one line with the key and the numbers."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from neva_jax.config import (
     image_tokens,
     kv_heads,
     padded_vocab,
+    walk,
 )
 from neva_jax.errors import UserError
 
@@ -25,7 +27,7 @@ def check(config: Config) -> None:
     for name in ("run.dir", "model.tokenizer", "data.train"):
         if not _get(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
-    _check_ranges(config)
+    check_ranges(config)
     _check_model(config.model)
     _check_training(config)
     _check_files(config)
@@ -93,7 +95,19 @@ _ABOVE_ZERO = """
 """
 
 
-def _check_ranges(config: Config) -> None:
+def check_ranges(config: Config) -> None:
+    """Every number by itself: its bounds, and that it is finite.
+
+    Raises:
+      UserError: one line with the key and its value.
+    """
+    for name, _ in walk():
+        value = _get(config, name)
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name}={value} must be finite")
+    if config.run.seed >= 2**63:
+        raise UserError(f"run.seed={config.run.seed} must be less than 2^63")
     for name in _AT_LEAST_ONE.split():
         if (value := _get(config, name)) is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
@@ -108,8 +122,8 @@ def _check_ranges(config: Config) -> None:
             raise UserError(f"{name}={_get(config, name)} must be in 0 … 1, 1 excluded")
     for split in ("train", "val"):
         for i, source in enumerate(getattr(config.data, split)):
-            if not source.weight > 0:
-                raise UserError(f"data.{split}[{i}].weight={source.weight} must be above 0")
+            if not 0 < source.weight < math.inf:
+                raise UserError(f"data.{split}[{i}].weight={source.weight} must be above 0 and finite")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -130,8 +144,11 @@ def _check_model(model: ModelConfig) -> None:
             f"for model.vision.num_layers={vision.num_layers}"
         )
     for name in ("image_mean", "image_std"):
-        if len(getattr(vision, name)) != 3:
-            raise UserError(f"model.vision.{name} needs 3 numbers, one for each channel, not {getattr(vision, name)}")
+        values = getattr(vision, name)
+        if len(values) != 3:
+            raise UserError(f"model.vision.{name} needs 3 numbers, one for each channel, not {values}")
+    if min(vision.image_std) <= 0:
+        raise UserError(f"model.vision.image_std={vision.image_std}: every number must be above 0")
     if llm.head_dim is None and llm.hidden_size % llm.num_heads:
         raise UserError(
             f"model.llm.hidden_size={llm.hidden_size} is not divisible by model.llm.num_heads={llm.num_heads}; "
@@ -191,5 +208,6 @@ def _check_files(config: Config) -> None:
                 raise UserError(f"data.{split}[{i}].json={source.json}: no such file")
             if source.images is not None and not Path(source.images).is_dir():
                 raise UserError(f"data.{split}[{i}].images={source.images}: no such directory")
-    if Path(config.run.dir).exists() and not Path(config.run.dir).is_dir():
-        raise UserError(f"run.dir={config.run.dir} is a file; name a directory")
+    for path in (Path(config.run.dir), *Path(config.run.dir).parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run.dir={config.run.dir}: {path} is a file; name a directory")

@@ -8,7 +8,9 @@ below by OmegaConf, so an unknown key or a wrong type cannot pass. `docs/configu
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +39,8 @@ class RunConfig:
     seed: int = key(1234, "Seed of the data order and of every random initialisation.")
     resume: Literal["auto", "never", "must"] = key(
         "auto",
-        "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` needs one; `never` refuses to "
-        "start where there is one.",
+        "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` needs one; `never` refuses "
+        "to start where there is one.",
     )
 
 
@@ -272,18 +274,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         if not equals or not name:
             raise UserError(f"override {text!r}: write it as section.key=value")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"override {text!r}: the value is no YAML ({_first_line(error)})") from None
         merged = _merge(merged, _nest(name, parsed), f"override {name}")
-    return OmegaConf.to_object(merged)
+    return _to_config(merged)
 
 
 def config_from_dict(values: dict) -> Config:
     """The inverse of `to_dict`; used for the copy of the configuration inside a checkpoint."""
     merged = OmegaConf.structured(Config)
     OmegaConf.set_readonly(merged, False)
-    return OmegaConf.to_object(_merge(merged, values, "configuration of the checkpoint"))
+    return _to_config(_merge(merged, values, "configuration of the checkpoint"))
 
 
 def to_dict(config: Any) -> dict:
@@ -302,16 +304,38 @@ def _read_yaml(path: str | Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({_reason(error)})") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise UserError(f"--config {path}:{line} is no YAML ({getattr(error, 'problem', None) or error})") from None
+        raise UserError(f"--config {path}:{line} is no usable YAML ({getattr(error, 'problem', error)})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold sections of keys, but holds a {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans (`off` is a word, not false), and no key twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Refuses a mapping in which a key stands twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                problem = f"key {key_node.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
 def _nest(name: str, value: Any) -> dict:
@@ -322,11 +346,23 @@ def _nest(name: str, value: Any) -> dict:
 
 def _merge(merged: Any, values: dict, origin: str) -> Any:
     _check_keys(values, Config, "", origin)
-    try:
+    with _named(origin):
         return OmegaConf.merge(merged, values)
+
+
+def _to_config(merged: Any) -> Config:
+    with _named("configuration"):
+        return OmegaConf.to_object(merged)
+
+
+@contextmanager
+def _named(origin: str, prefix: str = "") -> Iterator[None]:
+    """Turns OmegaConf's errors into one line that names where the value came from and its key."""
+    try:
+        yield
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         name = getattr(error, "full_key", None)
-        raise UserError(f"{origin}: {f'{name}: ' if name else ''}{_first_line(error)}") from None
+        raise UserError(f"{origin}: {f'{prefix}{name}: ' if name else ''}{_first_line(error)}") from None
 
 
 def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
@@ -338,11 +374,14 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
     fields = {item.name: item for item in dataclasses.fields(schema)}
     for name, value in values.items():
         if name not in fields:
+            wrong = f"{prefix}{name}{_first_key(value)}"
             known = [full for full, _ in walk()] + [
                 f"data.train.{item.name}" for item in dataclasses.fields(SourceConfig)
             ]
-            near = difflib.get_close_matches(f"{prefix}{name}", known, n=1, cutoff=0.0)
-            raise UserError(f"{origin}: unknown key {prefix}{name}; did you mean {near[0]}?")
+            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: unknown key {wrong}; did you mean {near[0]}?")
+        if isinstance(value, str) and value == "???":
+            raise UserError(f"{origin}: {prefix}{name}: ??? stands for a value that is still missing; give one")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             _check_keys(value, kind, f"{prefix}{name}.", origin)
@@ -351,6 +390,16 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
                 raise UserError(f"{origin}: {prefix}{name} is a list of {{json, images, weight}}, not {value!r}")
             for i, source in enumerate(value):
                 _check_keys(source, SourceConfig, f"{prefix}{name}[{i}].", origin)
+                with _named(origin, f"{prefix}{name}[{i}]."):
+                    OmegaConf.merge(OmegaConf.structured(SourceConfig(), flags={"readonly": False}), source)
+
+
+def _first_key(value: Any) -> str:
+    """The path to the first leaf below an unknown section, so that the suggestion is a whole key."""
+    if not isinstance(value, dict) or not value:
+        return ""
+    name, inner = next(iter(value.items()))
+    return f".{name}{_first_key(inner)}"
 
 
 def _first_line(error: Exception) -> str:

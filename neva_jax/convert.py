@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neva_jax.data.tokenizer import add_tokens
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import CommandParser, UserError, exit_with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and converts; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m neva_jax.convert", description="Convert files.")
+    parser = CommandParser(prog="python -m neva_jax.convert", description="Convert files.")
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("add-tokens", help="append special tokens to a SentencePiece model")
     add.add_argument("--input", required=True, metavar="F")

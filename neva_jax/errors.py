@@ -1,5 +1,6 @@
 """The errors that a user can mend, and how every command ends."""
 
+import argparse
 import os
 import signal
 import sys
@@ -9,6 +10,14 @@ from typing import NoReturn
 
 class UserError(Exception):
     """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line, like every other error of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.evaluation.exact import exact_match
 from neva_jax.generate import add_sampling_arguments, sampling_options
 from neva_jax.inference.engine import Engine
-from neva_jax.inference.questions import answer_questions, read_jsonl, read_questions, write_jsonl
+from neva_jax.inference.questions import answer_questions, check_output, read_jsonl, read_questions, write_jsonl
 
 TASKS = {"exact": exact_match}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs or scores; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m neva_jax.evaluate", description="Evaluate a trained model.")
+    parser = CommandParser(prog="python -m neva_jax.evaluate", description="Evaluate a trained model.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="answer the questions and score the answers")
     run.add_argument("--checkpoint", required=True, metavar="DIR")
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     questions = read_questions(options.questions)
     if options.command == "run":
+        check_output("--answers", options.answers)
         if options.batch_size < 1:
             raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
         sampling = sampling_options(options)
@@ -61,7 +62,7 @@ def _read_answers(path: str, wanted: set[str | int]) -> dict[str | int, str]:
     answers: dict[str | int, str] = {}
     for number, row in read_jsonl(path):
         identity, text = row.get("question_id"), row.get("text")
-        if identity not in wanted:
+        if not isinstance(identity, str | int) or identity not in wanted:
             raise UserError(f"{path}: line {number}: question_id {identity!r} is not in the question file")
         if identity in answers:
             raise UserError(f"{path}: line {number}: question_id {identity!r} is answered twice")

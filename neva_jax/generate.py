@@ -3,18 +3,19 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import logging as absl_logging
 
 from neva_jax.data.rows import BadRow
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
-from neva_jax.inference.questions import answer_questions, read_questions, write_jsonl
+from neva_jax.inference.questions import answer_questions, check_output, read_questions, write_jsonl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and answers; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m neva_jax.generate", description="Ask a trained model.")
+    parser = CommandParser(prog="python -m neva_jax.generate", description="Ask a trained model.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a step in its checkpoints/")
     one = parser.add_argument_group("one prompt; the answer is printed as it grows")
     one.add_argument("--prompt", metavar="S")
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling = sampling_options(options)
     if options.input is None:
         return _one(options, sampling)
+    check_output("--output", options.output)
     questions = read_questions(options.input)
     engine = Engine.from_checkpoint(options.checkpoint)
     answers = answer_questions(
@@ -61,10 +63,16 @@ def sampling_options(options: argparse.Namespace) -> SamplingOptions:
     return SamplingOptions(options.max_new_tokens, options.temperature, options.top_p, options.seed)
 
 
+def _file(name: str) -> str:
+    if not Path(name).is_file():
+        raise UserError(f"--image {name}: no such file")
+    return name
+
+
 def _one(options: argparse.Namespace, sampling: SamplingOptions) -> int:
     engine = Engine.from_checkpoint(options.checkpoint)
     try:
-        images = [engine.read_image(name) for name in options.image]
+        images = [engine.read_image(_file(name)) for name in options.image]
         shown = ""
         for replies in engine.stream([Request(options.prompt, tuple(images))], sampling):
             text = replies[0].settled_text

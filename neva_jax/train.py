@@ -1,6 +1,5 @@
 """python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
 
-import argparse
 import math
 import sys
 import time
@@ -14,16 +13,24 @@ import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax import config as configuration
-from neva_jax.checks import check, check_mesh
+from neva_jax.checks import check, check_mesh, check_ranges
 from neva_jax.config import Config, frozen_components, load_config, parse_mesh_shape, trained_components
 from neva_jax.data.pipeline import BadRowCount, Batch, batches
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.parallel.mesh import make_mesh, place_batch
-from neva_jax.training.checkpoint import Checkpoints, Meta, check_compatible, load_components, locate, read_meta
+from neva_jax.training.checkpoint import (
+    Checkpoints,
+    Meta,
+    check_compatible,
+    load_components,
+    locate,
+    newest_step,
+    read_meta,
+)
 from neva_jax.training.guard import StopRequest
-from neva_jax.training.metrics import RunLog
+from neva_jax.training.metrics import RunLog, check_loggers
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,
@@ -31,6 +38,7 @@ from neva_jax.training.setup import (
     initialise_optimizer,
     initialise_parameters,
     saved_components,
+    starting_weights,
     with_vocabulary,
 )
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
@@ -38,15 +46,16 @@ from neva_jax.training.step import TrainState, make_eval_step, make_train_step
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and runs; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
+    parser = CommandParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
     config = load_config(options.config, [*options.overrides, *mesh_override])
     if options.print_config:
+        check_ranges(config)
         print(configuration.to_yaml(config) + configuration.derived_comment(config), end="")
         return 0
     check(config)
@@ -74,27 +83,29 @@ def run(config: Config) -> int:
     schedule = learning_rate(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract_moments = abstract_optimizer(optimizer, {name: abstract[name] for name in trained}, mesh)
-    contents, base = saved_components(config)
-
     run_dir = Path(config.run.dir)
+    start = newest_step(run_dir / "checkpoints") or 0
+    resumed = _resumed_meta(config, tokenizer, run_dir, start)
+    sources = starting_weights(config) if resumed is None else {}
+    contents, base = saved_components(config) if resumed is None else (resumed.components, resumed.base)
+    check_loggers(config.log)
+    if start >= config.train.steps:
+        print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
+        return 0
+
     run_dir.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop, Checkpoints(run_dir, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
-        start = checkpoints.latest_step or 0
-        resumed = _resumed_meta(config, tokenizer, run_dir, start)
-        if start >= config.train.steps:
-            print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
-            return 0
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
 
         with RunLog(config.log, run_dir, start, config.train.steps, config) as log:
             # --- state: resumed, or fresh
             if resumed is None:
-                params = initialise_parameters(config, abstract, log.say)
+                params = initialise_parameters(config, abstract, sources, log.say)
                 moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
                 progress = {"samples": 0, "bad_rows": []}
             else:
                 params, moments, progress = checkpoints.restore(
-                    {name: abstract[name] for name in resumed.components}, abstract_moments
+                    start, {name: abstract[name] for name in resumed.components}, abstract_moments
                 )
                 missing = {name: abstract[name] for name in configuration.COMPONENTS if name not in params}
                 params |= load_components(missing, {name: locate(resumed.base) for name in missing}) if missing else {}

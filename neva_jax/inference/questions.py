@@ -121,6 +121,16 @@ def _request(engine: Engine, path: str | Path, question: Question, images: str |
         raise UserError(f"{path}: line {question.line}: {error}") from None
 
 
+def check_output(flag: str, path: str | Path) -> None:
+    """Raises UserError if no file can be written at `path`, before the work whose result it shall hold."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory; name a file")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{flag} {path}: {parent} is no directory")
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows beside `path` and moves them there when all are written; returns their number."""
     path = Path(path)

@@ -11,6 +11,7 @@ that the run started from. Reading parameters follows that chain.
 
 import dataclasses
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from neva_jax.config import Config, config_from_dict, to_dict
+from neva_jax.config import Config, config_from_dict, head_dim, kv_heads, to_dict
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 
@@ -92,6 +93,12 @@ def _version(name: str) -> str | None:
         return None
 
 
+def newest_step(folder: Path) -> int | None:
+    """The newest complete checkpoint in a folder of steps, or None."""
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta" / "meta.json").is_file()]
+    return max(steps, default=None)
+
+
 def locate(path: str | Path) -> Path:
     """The directory of one checkpoint step: `path` is that, a run, or its `checkpoints` (the newest step is taken).
 
@@ -102,9 +109,8 @@ def locate(path: str | Path) -> Path:
     if (path / "meta" / "meta.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
-        steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta" / "meta.json").is_file()]
-        if steps:
-            return folder / str(max(steps))
+        if (step := newest_step(folder)) is not None:
+            return folder / str(step)
     raise UserError(f"{path}: holds no checkpoint; name a run's directory, or a step in its checkpoints/")
 
 
@@ -142,11 +148,6 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._manager.close()
 
-    @property
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return self._manager.latest_step()
-
     def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta) -> None:
         """Starts to save; returns once the arrays are copied, and they are written while training goes on."""
         state = {"params": params, "optimizer": optimizer, "step": step}
@@ -161,14 +162,14 @@ class Checkpoints:
         """Returns when the last save is complete on disk."""
         self._manager.wait_until_finished()
 
-    def restore(self, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
-        """The newest checkpoint: (params, optimizer state, data), straight onto the shardings of the arguments.
+    def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
+        """The checkpoint of a step: (params, optimizer state, data), straight onto the shardings of the arguments.
 
         Args:
           params, optimizer: trees of `jax.ShapeDtypeStruct` with shardings; parts of the saved params may be left out.
         """
         restored = self._manager.restore(
-            self.latest_step,
+            step,
             args=ocp.args.Composite(
                 state=_restore_args({"params": params, "optimizer": optimizer}), data=ocp.args.JsonRestore()
             ),
@@ -233,6 +234,7 @@ def _check_shapes(wanted: dict, saved: dict, step_dir: Path) -> None:
 
 
 MAY_DIFFER = ("freeze", "init_std")
+RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
 
 
 def check_compatible(config: Config, saved: Config, components: Sequence[str], origin: str | Path) -> None:
@@ -244,6 +246,7 @@ def check_compatible(config: Config, saved: Config, components: Sequence[str], o
     for component in components:
         ours, theirs = getattr(config.model, component), getattr(saved.model, component)
         for item in dataclasses.fields(ours):
-            mine, other = getattr(ours, item.name), getattr(theirs, item.name)
+            read = RESOLVED.get(item.name, operator.attrgetter(item.name))
+            mine, other = read(ours), read(theirs)
             if item.name not in MAY_DIFFER and mine != other:
                 raise UserError(f"model.{component}.{item.name}={mine}, but the weights in {origin} have {other}")

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,17 @@ from neva_jax.errors import UserError
 PLOT_SECONDS = 10.0
 
 
+def check_loggers(config: LogConfig) -> None:
+    """Raises UserError where a logger is asked for whose package is not installed."""
+    if config.wandb != "off" and find_spec("wandb") is None:
+        raise UserError(f"log.wandb={config.wandb}: the package wandb is not installed; pip install wandb")
+    if config.tensorboard and find_spec("tensorboardX") is None:
+        raise UserError(
+            "log.tensorboard=True: the package tensorboardX is not installed; pip install tensorboardX, or set "
+            "log.tensorboard=false"
+        )
+
+
 class RunLog:
     """The logs of one run.
 
@@ -24,11 +36,7 @@ class RunLog:
     """
 
     def __init__(self, config: LogConfig, run_dir: Path, resumed_step: int, total_steps: int, run_config: Any):
-        """`resumed_step`: rows after it were written by a run that was cut off; they are dropped.
-
-        Raises:
-          UserError: W&B is asked for, but not installed.
-        """
+        """`resumed_step`: rows after it were written by a run that was cut off; they are dropped."""
         self.run_dir, self.total_steps = run_dir, total_steps
         self._rows = _rewind(run_dir / "metrics.jsonl", resumed_step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -137,10 +145,8 @@ def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
 
 
 def _wandb(config: LogConfig, run_dir: Path, run_config: Any) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"log.wandb={config.wandb}: the package wandb is not installed; pip install wandb") from None
+    import wandb
+
     return wandb.init(
         project=config.wandb_project,
         name=config.wandb_name or run_dir.name,

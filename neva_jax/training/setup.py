@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from neva_jax.config import COMPONENTS, Config, frozen_components, padded_vocab, trained_components
+from neva_jax.config import COMPONENTS, Config, frozen_components, trained_components
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.models.neva import abstract_model, random_parameters
@@ -31,7 +31,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     llm = config.model.llm
     if llm.vocab_size is None:
         llm = dataclasses.replace(llm, vocab_size=tokenizer.size)
-    if padded_vocab(llm) < tokenizer.size:
+    if llm.vocab_size < tokenizer.size:
         raise UserError(
             f"model.llm.vocab_size={llm.vocab_size} is smaller than the {tokenizer.size} tokens "
             f"of {config.model.tokenizer}"
@@ -70,8 +70,8 @@ def abstract_optimizer(optimizer: optax.GradientTransformation, trained: Paramet
     )
 
 
-def initialise_parameters(config: Config, abstract: Parameters, say: Callable[[str], None]) -> Parameters:
-    """The starting weights: from `model.init_from`, and random where that has none.
+def starting_weights(config: Config) -> dict[str, Path]:
+    """Component -> the checkpoint step whose weights it starts with; a component that starts at random is absent.
 
     Raises:
       UserError: a frozen component without weights, or weights of another architecture.
@@ -82,7 +82,6 @@ def initialise_parameters(config: Config, abstract: Parameters, say: Callable[[s
         for step_dir in sorted(set(sources.values())):
             held = [name for name in COMPONENTS if sources.get(name) == step_dir]
             check_compatible(config, read_meta(step_dir).config, held, step_dir)
-            say(f"{', '.join(held)}: weights from {step_dir}")
     missing = [name for name in COMPONENTS if name not in sources]
     stuck = [name for name in missing if name in frozen_components(config.model)]
     if stuck and not config.model.allow_random_frozen:
@@ -90,6 +89,16 @@ def initialise_parameters(config: Config, abstract: Parameters, say: Callable[[s
             f"model.init_from={config.model.init_from} has no {' and no '.join(stuck)}, which would stay frozen at "
             "random weights; name another checkpoint, or set model.allow_random_frozen=true"
         )
+    return sources
+
+
+def initialise_parameters(
+    config: Config, abstract: Parameters, sources: dict[str, Path], say: Callable[[str], None]
+) -> Parameters:
+    """The starting weights: those of `sources` (see `starting_weights`), and random ones for the rest."""
+    for step_dir in sorted(set(sources.values())):
+        say(f"{', '.join(name for name in sources if sources[name] == step_dir)}: weights from {step_dir}")
+    missing = [name for name in COMPONENTS if name not in sources]
     params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
     if missing:
         say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
@@ -116,13 +125,21 @@ def initialise_optimizer(
 
 
 def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
-    """Which components a checkpoint of this run holds, and the base that has the others (an absolute path or None)."""
+    """Which components a checkpoint of this run holds, and the base that has the others (an absolute path or None).
+
+    Raises:
+      UserError: `checkpoint.contents=trained`, but the base lacks a frozen component.
+    """
     frozen, base = frozen_components(config.model), config.model.init_from
     contents = config.checkpoint.contents
-    if contents == "auto":
-        contents = (
-            "trained" if frozen and base is not None and set(frozen) <= set(available_components(base)) else "full"
-        )
     if contents == "full" or not frozen:
         return COMPONENTS, None
-    return trained_components(config.model), str(Path(base).resolve())
+    lacking = [name for name in frozen if base is None or name not in available_components(base)]
+    if not lacking:
+        return trained_components(config.model), str(Path(base).resolve())
+    if contents == "trained":
+        raise UserError(
+            f"checkpoint.contents=trained would lose the frozen random weights of {' and '.join(lacking)}, which "
+            f"model.init_from={base} lacks; use full"
+        )
+    return COMPONENTS, None
