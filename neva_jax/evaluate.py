@@ -1,6 +1,5 @@
 """python -m neva_jax.evaluate: answers a benchmark's questions, and scores the answers."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
