@@ -1,0 +1,210 @@
+"""The table from logical to mesh axes, where parameters and batches land, and what does not divide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from neva_jax.errors import UserError
+from neva_jax.models.neva import abstract_model
+from neva_jax.parallel.mesh import constrain, make_mesh, one_device_mesh, place_batch, replicated, shardings, spec
+from tests.models.helpers import FP32, tiny_config
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.devices()[: data * fsdp * tensor])
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ((), P()),
+        ((None, None), P(None, None)),
+        (("batch", "length", "features"), P(("data", "fsdp"), None, None)),
+        (("batch", "length", "heads", "head_dim"), P(("data", "fsdp"), None, "tensor", None)),
+        (("batch", "length", "kv_heads", "head_dim"), P(("data", "fsdp"), None, "tensor", None)),
+        (("batch", "length", "mlp"), P(("data", "fsdp"), None, "tensor")),
+        (("layers", "embed", "heads", "head_dim"), P(None, "fsdp", "tensor", None)),
+        (("vocab", "embed"), P("tensor", "fsdp")),
+        (("patch", "embed"), P(None, "fsdp")),
+        (("position", "embed"), P(None, "fsdp")),
+        (("layers", "norm"), P(None, None)),
+        ((None, "embed"), P(None, "fsdp")),
+    ],
+)
+def test_spec(axes, expected):
+    assert spec(axes) == expected
+
+
+def test_an_unknown_axis_is_named():
+    with pytest.raises(ValueError, match=r"unknown logical axis 'head'; the table knows batch, .*heads.*, norm"):
+        spec(("embed", "head"))
+
+
+@pytest.mark.parametrize("axes", [("heads", "mlp"), ("embed", "embed"), ("batch", "embed"), ("vocab", None, "heads")])
+def test_two_dimensions_on_one_mesh_axis_are_refused(axes):
+    with pytest.raises(ValueError, match="put two dimensions on one mesh axis"):
+        spec(axes)
+
+
+# --- meshes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_has_all_axes_and_all_devices():
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert list(mesh.shape) == ["data", "fsdp", "tensor"]
+    assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
+
+
+def test_one_device_mesh():
+    mesh = one_device_mesh()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert list(mesh.devices.flat) == jax.devices()[:1]
+
+
+def test_replicated():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    array = jax.device_put(np.arange(6), replicated(mesh))
+    assert len(array.addressable_shards) == 8
+    for shard in array.addressable_shards:
+        np.testing.assert_array_equal(shard.data, np.arange(6))
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+WHOLE = P(None)
+LAYER_WHOLE = P(None, None)
+IN, OUT = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")  # of an MLP
+TO_HEADS, FROM_HEADS = P(None, "fsdp", "tensor", None), P(None, "tensor", None, "fsdp")
+
+EXPECTED = {
+    "vision.class_token": WHOLE,
+    "vision.patch": P(None, "fsdp"),
+    "vision.position": P(None, "fsdp"),
+    **{f"vision.{norm}.{part}": WHOLE for norm in ("pre_norm", "post_norm") for part in ("scale", "bias")},
+    **{
+        f"vision.layers.{norm}.{part}": LAYER_WHOLE
+        for norm in ("attention_norm", "mlp_norm")
+        for part in ("scale", "bias")
+    },
+    **{f"vision.layers.{name}": TO_HEADS for name in ("q", "k", "v")},
+    **{f"vision.layers.{name}_bias": P(None, "tensor", None) for name in ("q", "k", "v")},
+    "vision.layers.o": FROM_HEADS,
+    "vision.layers.o_bias": LAYER_WHOLE,
+    "vision.layers.up": IN,
+    "vision.layers.up_bias": P(None, "tensor"),
+    "vision.layers.down": OUT,
+    "vision.layers.down_bias": LAYER_WHOLE,
+    "projector.kernel_1": P(None, "fsdp"),
+    "projector.bias_1": WHOLE,
+    "projector.kernel_2": P("fsdp", None),
+    "projector.bias_2": WHOLE,
+    "llm.embedding": P("tensor", "fsdp"),
+    "llm.head": P("fsdp", "tensor"),
+    "llm.norm.scale": WHOLE,
+    "llm.layers.attention_norm.scale": LAYER_WHOLE,
+    "llm.layers.mlp_norm.scale": LAYER_WHOLE,
+    **{f"llm.layers.{name}": TO_HEADS for name in ("q", "k", "v")},
+    "llm.layers.o": FROM_HEADS,
+    "llm.layers.gate": IN,
+    "llm.layers.up": IN,
+    "llm.layers.down": OUT,
+}
+
+
+def by_name(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
+    return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
+
+
+def test_where_every_parameter_lives():
+    mesh = mesh_of(fsdp=2, tensor=4)
+    layout = by_name(shardings(mesh, abstract_model(tiny_config(), FP32)[1]))
+    assert {name: sharding.spec for name, sharding in layout.items()} == EXPECTED
+    assert all(sharding.mesh == mesh for sharding in layout.values())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shapes"),
+    [
+        ({"data": 8}, {"llm.embedding": (40, 32), "llm.layers.q": (2, 32, 4, 8), "llm.layers.down": (2, 48, 32)}),
+        ({"fsdp": 8}, {"llm.embedding": (40, 4), "llm.layers.q": (2, 4, 4, 8), "llm.layers.down": (2, 48, 4)}),
+        (
+            {"fsdp": 2, "tensor": 4},
+            {"llm.embedding": (10, 16), "llm.layers.q": (2, 16, 1, 8), "llm.layers.down": (2, 12, 16)},
+        ),
+    ],
+)
+def test_what_one_device_holds(sizes, shapes):
+    """Vocabulary 40, width 32, 4 heads of 8, MLP 48, 2 layers."""
+    layout = by_name(shardings(mesh_of(**sizes), abstract_model(tiny_config(), FP32)[1]))
+    whole = {"llm.embedding": (40, 32), "llm.layers.q": (2, 32, 4, 8), "llm.layers.down": (2, 48, 32)}
+    assert {name: layout[name].shard_shape(shape) for name, shape in whole.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "message"),
+    [
+        (tiny_config(vocab=42), {"tensor": 4}, r"vocab=42 of llm\.(embedding \(42, 32\)|head \(32, 42\)) .* tensor=4"),
+        (tiny_config(), {"tensor": 8}, r"(kv_)?heads=4 of (vision|llm)\.layers\.\w+ .* tensor=8"),
+        (tiny_config(), {"fsdp": 3}, r"embed=(16|32) of .* .* fsdp=3"),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_named(config, sizes, message):
+    with pytest.raises(UserError, match=rf"^mesh\.shape: {message}$"):
+        shardings(mesh_of(**sizes), abstract_model(config, FP32)[1])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}])
+def test_micro_batches_hold_the_rows_in_order_on_every_mesh(sizes):
+    """24 rows in 3 micro batches: number a holds the rows 8a ... 8a + 7."""
+    mesh = mesh_of(**sizes)
+    host = {"tokens": np.arange(24 * 5).reshape(24, 5), "images": np.arange(24 * 4, dtype=np.uint8).reshape(24, 1, 4)}
+    placed = place_batch(mesh, host, accumulate=3)
+    assert set(placed) == {"tokens", "images"}
+    for name, array in host.items():
+        assert placed[name].dtype == (jnp.int32 if name == "tokens" else jnp.uint8)
+        assert placed[name].shape == (3, 8, *array.shape[1:])
+        for a in range(3):
+            np.testing.assert_array_equal(placed[name][a], array[8 * a : 8 * a + 8])
+
+
+def test_rows_are_spread_over_data_and_fsdp_and_copied_over_tensor():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    placed = place_batch(mesh, {"tokens": np.arange(24).reshape(24, 1)}, accumulate=3)["tokens"]
+    held = {shard.device: np.asarray(shard.data)[:, :, 0] for shard in placed.addressable_shards}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        first = 2 * (2 * data + fsdp)
+        np.testing.assert_array_equal(held[device], [[8 * a + first, 8 * a + first + 1] for a in range(3)])
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+
+def test_constrain_without_a_mesh_does_nothing():
+    x = jnp.ones((8, 4, 16))
+    assert constrain(x, "batch", "length", "features") is x
+    assert "sharding_constraint" not in str(jax.make_jaxpr(lambda x: constrain(x, "batch", "length", "mlp"))(x))
+
+
+def test_constrain_places_an_activation():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda x: constrain(x + 1, "batch", "length", "mlp"))(jnp.zeros((8, 4, 16)))
+    np.testing.assert_array_equal(out, np.ones((8, 4, 16)))
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3)
+    assert {shard.data.shape for shard in out.addressable_shards} == {(2, 4, 8)}
+
+
+def test_constrain_on_a_mesh_refuses_an_unknown_axis():
+    with jax.set_mesh(mesh_of(data=2)), pytest.raises(ValueError, match="unknown logical axis 'width'"):
+        jax.jit(lambda x: constrain(x, "batch", "width"))(jnp.zeros((8, 4)))

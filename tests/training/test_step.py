@@ -1,0 +1,248 @@
+"""One optimizer step: accumulation against one large batch, the loss against the formula, what a step may change."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from neva_jax.config import OptimizerConfig, frozen_components, trained_components
+from neva_jax.models.neva import random_parameters
+from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.step import TrainState, gradients, make_eval_step, make_train_step
+from tests.models.helpers import FP32, neva_graph, random_batch, tiny_config
+
+ROWS, LENGTH, CHUNK = 8, 14, 5
+# Labels of each row: with four micro batches of two rows, the first has 2 of them, the third none, the last 22.
+LABELS = (1, 1, 6, 3, 0, 0, 12, 10)
+
+
+def model_config(*frozen):
+    config = tiny_config()
+    names = ("vision", "projector", "llm")
+    parts = {name: dataclasses.replace(getattr(config, name), freeze=name in frozen) for name in names}
+    return dataclasses.replace(config, **parts)
+
+
+@cache
+def model(*frozen):
+    """(graph definition, trained parameters, frozen parameters) of a model with these components frozen."""
+    config = model_config(*frozen)
+    params = parameters()
+    return (
+        neva_graph(config),
+        {name: params[name] for name in trained_components(config)},
+        {name: params[name] for name in frozen_components(config)},
+    )
+
+
+@cache
+def parameters():
+    make = jax.jit(partial(random_parameters, tiny_config(), FP32))
+    return jax.tree.map(np.asarray, make(jax.random.key(1)))
+
+
+@cache
+def rows():
+    """A batch of host arrays [ROWS, ...]; the weights are 1 but for row 6, where they are fractions."""
+    draw = np.random.default_rng(4)
+    batch = random_batch(tiny_config(), rows=ROWS, length=LENGTH, images=1)
+    batch["targets"] = draw.integers(0, 40, (ROWS, LENGTH)).astype(np.int32)
+    weights = np.zeros((ROWS, LENGTH), np.float32)
+    for row, count in enumerate(LABELS):
+        weights[row, draw.permutation(LENGTH)[:count]] = 1
+    weights[6] *= draw.random(LENGTH).astype(np.float32)
+    batch["loss_weights"] = weights
+    return batch
+
+
+def in_micro_batches(batch, accumulate):
+    return {name: array.reshape(accumulate, -1, *array.shape[1:]) for name, array in batch.items()}
+
+
+def relative_error(ours, theirs):
+    ours, theirs = (np.asarray(value, np.float64) for value in (ours, theirs))
+    norm = np.linalg.norm(theirs)
+    return np.linalg.norm(ours - theirs) / norm if norm else np.linalg.norm(ours)
+
+
+def assert_trees_close(ours, theirs, bound):
+    """Each parameter within `bound` of its norm, but for the keys' bias: its gradient is 0 apart from rounding."""
+    ours, theirs = (nnx.traversals.flatten_mapping(tree) for tree in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for path, expected in theirs.items():
+        if path[-1] != "k_bias":
+            assert relative_error(ours[path], expected) < bound, path
+
+
+@cache
+def compute_gradients(accumulate, frozen=()):
+    """(loss, gradients) of the batch in this many micro batches."""
+    graphdef, trained, rest = model(*frozen)
+    # Unoptimised: it compiles faster, and runs once.
+    compute = jax.jit(partial(gradients, graphdef, chunk=CHUNK), compiler_options={"xla_backend_optimization_level": 0})
+    return compute(trained, rest, batch=in_micro_batches(rows(), accumulate))
+
+
+@cache
+def token_losses():
+    """-log softmax of the targets [ROWS, LENGTH] in float64, from the logits of all positions."""
+
+    @jax.jit
+    def all_logits(params, batch):
+        neva = nnx.merge(neva_graph(tiny_config()), params)
+        return neva.llm.logits(neva(batch)[0])
+
+    logits = np.asarray(all_logits(parameters(), rows()), np.float64)
+    picked = np.take_along_axis(logits, rows()["targets"][..., None], axis=-1)[..., 0]
+    return np.log(np.exp(logits).sum(axis=-1)) - picked
+
+
+# --- loss and gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 4, 8])
+def test_loss_is_the_mean_over_all_labels_of_the_batch(accumulate):
+    weights = rows()["loss_weights"].astype(np.float64)
+    expected = (token_losses() * weights).sum() / weights.sum()
+    loss, _ = compute_gradients(accumulate)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    # The mean of micro batches' means, which this must not be, is another number.
+    if accumulate == 4:
+        means = [
+            (nll * weight).sum() / weight.sum()
+            for nll, weight in zip(token_losses().reshape(4, -1), weights.reshape(4, -1), strict=True)
+            if weight.sum()
+        ]
+        assert abs(np.mean(means) / expected - 1) > 1e-3
+
+
+def test_gradients_are_those_of_the_formula():
+    """jax.grad of a loss that holds the logits of all rows and positions at once."""
+    graphdef = neva_graph(tiny_config())
+
+    @jax.jit
+    def reference(params, batch):
+        def loss(params):
+            neva = nnx.merge(graphdef, params)
+            log_probabilities = jax.nn.log_softmax(neva.llm.logits(neva(batch)[0]))
+            picked = jnp.take_along_axis(log_probabilities, batch["targets"][..., None], axis=-1)[..., 0]
+            return -jnp.sum(picked * batch["loss_weights"]) / jnp.sum(batch["loss_weights"])
+
+        return jax.grad(loss)(params)
+
+    _, grads = compute_gradients(1)
+    assert_trees_close(grads, reference(parameters(), rows()), 1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [4, 8])
+def test_accumulated_gradients_equal_those_of_one_batch(accumulate):
+    loss, grads = compute_gradients(accumulate)
+    whole_loss, whole_grads = compute_gradients(1)
+    assert float(loss) == pytest.approx(float(whole_loss), rel=1e-5)
+    assert_trees_close(grads, whole_grads, 1e-5)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(whole_grads["projector"]))
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("vision", "llm"), ("vision", "projector")])
+def test_frozen_components_get_no_gradient(frozen):
+    loss, grads = compute_gradients(1, frozen)
+    every_loss, every_grad = compute_gradients(1)
+    assert set(grads) == {"vision", "projector", "llm"} - set(frozen)
+    assert float(loss) == pytest.approx(float(every_loss), rel=1e-6)
+    assert_trees_close(grads, {name: every_grad[name] for name in grads}, 1e-5)
+
+
+# --- a whole step ----------------------------------------------------------------------------------------------------
+
+# With Adam's usual epsilon the first step moves an element whose gradient is a rounding error by a whole learning rate.
+OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-4, warmup_steps=3, weight_decay=0.1, clip_norm=0.5, eps=1e-3)
+
+
+@cache
+def run_step(accumulate, frozen=("vision",)):
+    """Step 2 of a run: (new state, metrics, frozen parameters as they lie on the device afterwards)."""
+    graphdef, trained, rest = model(*frozen)
+    optimizer, schedule = make_optimizer(OPTIMIZER, 20), learning_rate(OPTIMIZER, 20)
+    trained, rest = (jax.tree.map(jnp.array, tree) for tree in (trained, rest))
+    state = TrainState(jnp.int32(1), trained, jax.jit(optimizer.init)(trained))
+    train_step = make_train_step(graphdef, optimizer, schedule, CHUNK)
+    state, metrics = train_step(state, rest, in_micro_batches(rows(), accumulate))
+    return state, metrics, rest
+
+
+def test_one_step_with_four_micro_batches_equals_one_with_one():
+    accumulated, accumulated_metrics, _ = run_step(4)
+    whole, whole_metrics, _ = run_step(1)
+    for name, value in whole_metrics.items():
+        assert float(accumulated_metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert_trees_close(accumulated.trained, whole.trained, 1e-5)
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("vision", "llm")])
+def test_a_step_changes_the_trained_components_alone(frozen):
+    state, _, rest = run_step(4, frozen)
+    _, trained, before = model(*frozen)
+    assert int(state.step) == 2
+    assert set(state.trained) == set(trained)
+    for path, leaf in nnx.traversals.flatten_mapping(state.trained).items():
+        assert leaf.dtype == jnp.float32
+        assert np.any(leaf != nnx.traversals.flatten_mapping(trained)[path]), path
+    jax.tree.map(np.testing.assert_array_equal, rest, before)
+
+
+def test_metrics():
+    """Loss and norm of the unclipped gradients, and the learning rate that this step used."""
+    _, metrics, _ = run_step(4)
+    loss, grads = compute_gradients(1, ("vision",))
+    norm = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(grads)))
+    assert norm > OPTIMIZER.clip_norm
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {"loss": float(loss), "grad_norm": norm, "lr": 0.01 * 2 / 4}, rel=1e-5
+    )
+
+
+def test_the_update_is_the_optimizers():
+    """The new parameters are those of make_optimizer, given the gradients of the whole batch."""
+    state, _, _ = run_step(4)
+    _, trained, _ = model("vision")
+    _, grads = compute_gradients(1, ("vision",))
+    optimizer = make_optimizer(OPTIMIZER, 20)
+
+    @jax.jit
+    def expected(trained, grads):
+        return optax.apply_updates(trained, optimizer.update(grads, optimizer.init(trained), trained)[0])
+
+    assert_trees_close(state.trained, expected(trained, grads), 1e-5)
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_eval_step_sums_losses_and_weights(accumulate):
+    graphdef, trained, rest = model("vision")
+    total, weight = make_eval_step(graphdef, CHUNK)(trained, rest, in_micro_batches(rows(), accumulate))
+    weights = rows()["loss_weights"].astype(np.float64)
+    assert float(total) == pytest.approx((token_losses() * weights).sum(), rel=1e-5)
+    assert float(weight) == pytest.approx(weights.sum(), rel=1e-6)
+
+
+def test_eval_step_leaves_out_rows_whose_weights_were_zeroed():
+    graphdef, trained, rest = model("vision")
+    batch = {**rows(), "loss_weights": rows()["loss_weights"].copy()}
+    batch["loss_weights"][5:] = 0
+    total, weight = make_eval_step(graphdef, CHUNK)(trained, rest, in_micro_batches(batch, 2))
+    assert float(weight) == sum(LABELS[:5])
+    assert float(total) == pytest.approx((token_losses() * batch["loss_weights"]).sum(), rel=1e-5)
+
+
+def test_eval_step_of_a_batch_without_labels_is_zero():
+    graphdef, trained, rest = model("vision")
+    batch = {**rows(), "loss_weights": np.zeros_like(rows()["loss_weights"])}
+    total, weight = make_eval_step(graphdef, CHUNK)(trained, rest, in_micro_batches(batch, 2))
+    assert (float(total), float(weight)) == (0, 0)
