@@ -18,14 +18,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FORMAT = 1  # raise it when the same parameters would give another data set
+FORMAT = 2  # raise it when the same parameters would give another data set
 DRAWS = 8  # tries to find questions that give no other one away
 ASKED_ALONE = ("heldout", "unseen")  # splits whose questions are no conversation
 COLORS = {
@@ -37,7 +37,10 @@ COLORS = {
     "cyan": (20, 200, 216),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": (0.23, 0.26), "large": (0.35, 0.39)}  # side of the bounding box, as a part of the picture's width
+SIZES = {"small": (0.30, 0.33), "large": (0.40, 0.43)}  # side of the bounding box, as a part of the picture's width
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+SIDES = {"left": (0, 2), "right": (1, 3), "top": (0, 1), "bottom": (2, 3)}  # which of PLACES lie there
+MARGIN = 0.03  # free space around an object within its quarter of the picture
 HELD_OUT_COMBINATIONS = (("blue", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"))
 CATEGORIES = ("color", "shape", "count", "side", "yes_no")
 PROMPTS = (
@@ -46,12 +49,10 @@ PROMPTS = (
     "Give a short description of the image.",
     "What is in the image?",
 )
-GAP = 0.04  # free space between two objects
-NEAR = 0.06  # least difference between any two x centres, so that a caption's order can be seen
-CLEAR = 0.15  # least difference of x centres for a question about left and right
 
 Color = tuple[int, int, int]
-Scene = Sequence[tuple[str, str]]  # (colour, shape) of every object, from left to right
+Combination = tuple[str, str]  # (colour, shape)
+Scene = tuple[Combination | None, ...]  # what stands at each of PLACES
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,20 @@ class Object:
     color: str
     shape: str
     size: str
+    place: str
     x: float
     y: float
     side: float
     rgb: Color
 
     @property
-    def combination(self) -> tuple[str, str]:
+    def combination(self) -> Combination:
         return self.color, self.shape
 
 
 @dataclass(frozen=True)
 class Picture:
-    """All that a picture is drawn from; objects are listed from left to right."""
+    """All that a picture is drawn from; objects are listed in the order of PLACES."""
 
     objects: tuple[Object, ...]
     background: str
@@ -85,7 +87,8 @@ class Picture:
 
     @property
     def scene(self) -> Scene:
-        return tuple(thing.combination for thing in self.objects)
+        found = {thing.place: thing.combination for thing in self.objects}
+        return tuple(found.get(place) for place in PLACES)
 
 
 @dataclass(frozen=True)
@@ -105,32 +108,34 @@ class Question:
             "color": "What color is the {}?",
             "shape": "Which shape is {}?",
             "count": "How many objects are there?",
-            "side": "Which shape is furthest {}?",
+            "side": "Which shape is on the {}?",
             "exists": "Is there a {} {}?",
-            "left_of": "Is the {} left of the {}?",
+            "on_side": "Is the {} on the {}?",
         }
         return templates[self.kind].format(*self.words)
 
 
 def answer(question: Question, scene: Scene) -> str:
     """The one right answer; empty where the question cannot be asked (the colour of a circle that is not there)."""
-    colors = [color for color, _ in scene]
-    shapes = [shape for _, shape in scene]
+    objects = [combination for combination in scene if combination]
+    shape_of = dict(objects)
+    color_of = {shape: color for color, shape in objects}
     match question.kind, question.words:
         case "color", (shape,):
-            return colors[shapes.index(shape)] if shape in shapes else ""
+            return color_of.get(shape, "")
         case "shape", (color,):
-            return shapes[colors.index(color)] if color in colors else ""
+            return shape_of.get(color, "")
         case "count", ():
-            return str(len(scene))
+            return str(len(objects))
         case "side", (side,):
-            return shapes[0 if side == "left" else -1]
+            there = [scene[i] for i in SIDES[side] if scene[i]]
+            return there[0][1] if len(there) == 1 else ""
         case "exists", combination:
-            return "yes" if combination in scene else "no"
-        case "left_of", (first, second):
-            if first not in shapes or second not in shapes:
+            return "yes" if combination in objects else "no"
+        case "on_side", (shape, side):
+            if shape not in color_of:
                 return ""
-            return "yes" if shapes.index(first) < shapes.index(second) else "no"
+            return "yes" if (color_of[shape], shape) in [scene[i] for i in SIDES[side]] else "no"
     raise ValueError(f"no such kind of question: {question.kind}")
 
 
@@ -154,38 +159,18 @@ def make_picture(rng: random.Random, count: int, unseen: bool) -> Picture:
     )
 
 
-def place(rng: random.Random, combinations: list[tuple[str, str]]) -> tuple[Object, ...]:
-    """Give each combination a size and a place: inside, apart from the others, one clearly furthest left or right."""
-    while True:
-        objects: list[Object] = []
-        for color, shape in combinations:
-            size = rng.choice(list(SIZES))
-            side = rng.uniform(*SIZES[size])
-            margin = side / 2 + 0.02
-            x, y = rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin)
-            rgb = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[color])
-            thing = Object(color, shape, size, x, y, side, rgb)
-            if any(abs(other.x - x) < NEAR or overlap(other, thing) for other in objects):
-                break
-            objects.append(thing)
-        objects.sort(key=lambda thing: thing.x)
-        if len(objects) == len(combinations) and clear_ends(objects):
-            return tuple(objects)
-
-
-def overlap(a: Object, b: Object) -> bool:
-    """Whether the bounding boxes come closer than GAP."""
-    return max(abs(a.x - b.x), abs(a.y - b.y)) < (a.side + b.side) / 2 + GAP
-
-
-def clear_ends(objects: Sequence[Object]) -> dict[str, Object]:
-    """The objects that are beyond doubt furthest to the left and to the right."""
-    ends = {}
-    if objects[1].x - objects[0].x >= CLEAR:
-        ends["left"] = objects[0]
-    if objects[-1].x - objects[-2].x >= CLEAR:
-        ends["right"] = objects[-1]
-    return ends
+def place(rng: random.Random, pairs: list[Combination]) -> tuple[Object, ...]:
+    """Give each combination a size and a quarter of the picture, and a place within it."""
+    objects = {}
+    quarters = rng.sample(range(len(PLACES)), len(pairs))
+    for (color, shape), quarter in zip(pairs, quarters, strict=True):
+        size = rng.choice(list(SIZES))
+        side = rng.uniform(*SIZES[size])
+        least = side / 2 + MARGIN
+        x, y = (0.5 * corner + rng.uniform(least, 0.5 - least) for corner in (quarter % 2, quarter // 2))
+        rgb = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[color])
+        objects[quarter] = Object(color, shape, size, PLACES[quarter], x, y, side, rgb)
+    return tuple(objects[quarter] for quarter in sorted(objects))
 
 
 def background_tone(rng: random.Random, light: bool) -> Color:
@@ -238,12 +223,14 @@ def make_questions(rng: random.Random, picture: Picture, index: int, split: str)
     """Four questions of different categories, in random order.
 
     The index decides which category is left out and which answer the yes/no question has, so that every run of 20
-    pictures is balanced. In the unseen split they ask about the held-out object. Held-out questions are asked alone;
-    those of a conversation must not be answered by the turns before them, so some are drawn again, or left out where a
-    picture of few objects has no four such questions.
+    pictures is balanced (with four objects, no side has just one: `side` is left out then). In the unseen split they
+    ask about the held-out object. Held-out questions are asked alone; those of a conversation must not be answered by
+    the turns before them, so some are drawn again, or left out where a picture of few objects has no four such
+    questions.
     """
     unseen = split == "unseen"
-    categories = [category for place, category in enumerate(CATEGORIES) if place != index % len(CATEGORIES)]
+    left_out = "side" if len(picture.objects) == len(PLACES) else CATEGORIES[index % len(CATEGORIES)]
+    categories = [category for category in CATEGORIES if category != left_out]
     best: list[Question] = []
     for _ in range(DRAWS):
         rng.shuffle(categories)
@@ -267,16 +254,16 @@ def make_question(rng: random.Random, picture: Picture, category: str, index: in
     if category == "count":
         return Question("count")
     if category == "side":
-        ends = clear_ends(picture.objects)
-        sides = [side for side, thing in ends.items() if thing in held_out] or list(ends)
-        return Question("side", (rng.choice(sides),))
+        sides = [side for side in SIDES if answer(Question("side", (side,)), picture.scene)]
+        about = [side for side in sides if answer(Question("side", (side,)), picture.scene) == subject.shape]
+        return Question("side", (rng.choice(about or sides),))
     yes = index % 2 == 0
     if index % 4 < 2:
         return Question("exists", subject.combination if yes else absent_combination(rng, picture, unseen))
-    pairs = [(a, b) for a in picture.objects for b in picture.objects if b.x - a.x >= CLEAR]
-    pairs = [pair for pair in pairs if set(pair) & set(held_out)] or pairs
-    left, right = rng.choice(pairs)
-    return Question("left_of", (left.shape, right.shape) if yes else (right.shape, left.shape))
+    sides = [side for side in SIDES if answer(Question("on_side", (subject.shape, side)), picture.scene) == "yes"]
+    if not yes:
+        sides = [side for side in SIDES if side not in sides]
+    return Question("on_side", (subject.shape, rng.choice(sides)))
 
 
 def absent_combination(rng: random.Random, picture: Picture, unseen: bool) -> tuple[str, str]:
@@ -289,7 +276,7 @@ def absent_combination(rng: random.Random, picture: Picture, unseen: bool) -> tu
         for pair in product(COLORS, SHAPES)
         if pair not in picture.scene and (pair in HELD_OUT_COMBINATIONS) == unseen
     ]
-    colors, shapes = zip(*picture.scene, strict=True)
+    colors, shapes = zip(*(thing.combination for thing in picture.objects), strict=True)
     crossed = [pair for pair in absent if pair[0] in colors and pair[1] in shapes]
     return rng.choice(crossed if crossed and rng.random() < 0.5 else absent)
 
@@ -297,13 +284,15 @@ def absent_combination(rng: random.Random, picture: Picture, unseen: bool) -> tu
 @cache
 def seen_scenes() -> list[Scene]:
     """Every arrangement that can occur outside the unseen split."""
-    scenes = (
-        tuple(zip(colors, shapes, strict=True))
-        for count in (2, 3, 4)
-        for colors in permutations(COLORS, count)
-        for shapes in permutations(SHAPES, count)
-    )
-    return [scene for scene in scenes if not set(scene) & set(HELD_OUT_COMBINATIONS)]
+    scenes = []
+    for count in (2, 3, 4):
+        for colors, shapes in product(permutations(COLORS, count), permutations(SHAPES, count)):
+            pairs = list(zip(colors, shapes, strict=True))
+            if not set(pairs) & set(HELD_OUT_COMBINATIONS):
+                for quarters in combinations(range(len(PLACES)), count):
+                    found = dict(zip(quarters, pairs, strict=True))
+                    scenes.append(tuple(found.get(quarter) for quarter in range(len(PLACES))))
+    return scenes
 
 
 @cache
@@ -346,8 +335,9 @@ def image_name(split: str, index: int) -> str:
 
 
 def caption(picture: Picture) -> str:
-    """All objects from left to right."""
-    return ", ".join(f"a {thing.size} {thing.color} {thing.shape}" for thing in picture.objects) + "."
+    """All objects, row by row."""
+    parts = [f"a {thing.size} {thing.color} {thing.shape} at the {thing.place}" for thing in picture.objects]
+    return ", ".join(parts) + "."
 
 
 def pretrain_row(seed: int, split: str, index: int, picture: Picture) -> dict:
