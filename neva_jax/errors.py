@@ -1,9 +1,11 @@
 """The errors that a user can mend, and how every command ends."""
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -38,4 +40,16 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
         # The reader of our output went away (`… | head`): point stdout elsewhere so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except Exception:
+        if not multiprocessing.active_children():
+            raise
+        traceback.print_exc()
+        status = 1
+    if children := multiprocessing.active_children():
+        # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
+        for child in children:
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
     sys.exit(status)

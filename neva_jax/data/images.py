@@ -1,5 +1,5 @@
 """From an image file to uint8 pixels [S, S, 3], exactly as CLIP's preprocessing does it (normalisation comes later,
-on the device).
+on the device). Transparency is dropped, as LLaVA's loader does.
 
     square   shorter side -> S (bicubic), then the centre S x S        HF CLIPImageProcessor
     pad      centred on a square of the mean colour, then as above     LLaVA expand2square
@@ -49,20 +49,20 @@ def load_image(path: str | Path, size: int, mode: str, mean: Sequence[float]) ->
       [S, S, 3] uint8, RGB.
 
     Raises:
-      BadRow: no image, truncated, or more than 40 million pixels.
+      BadRow: no image, truncated, or more than 40 million pixels, in the file or on the way to the result.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadRow(
-                        f"field image: {path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
-                    )
+                    raise BadRow(f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 return fit(image.convert("RGB"), size, mode, mean)
     except UnidentifiedImageError:
         raise BadRow(f"field image: {path} is no image that can be read") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadRow as error:
+        raise BadRow(f"field image: {path} {error}") from None
+    except Exception as error:  # damaged files make the decoders raise nearly anything, MemoryError included
         raise BadRow(f"field image: {path} is broken ({error})") from None
 
 
@@ -70,12 +70,22 @@ def fit(image: Image.Image, size: int, mode: str, mean: Sequence[float]) -> np.n
     """An RGB image -> [S, S, 3] uint8; see the drawing above for the modes."""
     if mode == "pad" and image.width != image.height:
         side = max(image.size)
+        _check_area(image, side, side, "padded")
         square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
     width, height = image.size
     short = min(width, height)
     width, height = int(size * width / short), int(size * height / short)
+    _check_area(image, width, height, "resized")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def _check_area(image: Image.Image, width: int, height: int, made: str) -> None:
+    """A few bytes of a 1 x 20000 picture would become gigabytes on their way to a square."""
+    if width * height > MAX_PIXELS:
+        raise BadRow(
+            f"has {image.width} x {image.height} pixels, and {made} {width} x {height}: more than {MAX_PIXELS:,}"
+        )

@@ -4,6 +4,10 @@ Everything that leaves a worker is plain numpy, and a bad row is data, not an ex
 a report, so the main process can count it in the order of the run, whatever worker met it.
 """
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +41,11 @@ class Batch:
 
     arrays: dict[str, np.ndarray]
     bad_rows: list[BadRowReport] = field(default_factory=list)
+
+
+# Kept until the process ends: Grain closes an iterator that nobody holds, and then waits up to 25 s for each worker
+# that is writing a batch. `exit_with` ends the workers of a run that stops early at once.
+_STREAMS: list[Iterator[Batch]] = []
 
 
 class SampleMaker:
@@ -99,8 +108,9 @@ class BadRowCount:
         """
         if batch.bad_rows and self.on_bad_row == "error":
             raise UserError(f"{batch.bad_rows[0].message}; mend the row, or set data.on_bad_row=skip")
-        new = [report.message for report in batch.bad_rows if report.message not in self.messages]
-        self.messages.update(dict.fromkeys(new))
+        found = dict.fromkeys(report.message for report in batch.bad_rows)
+        new = [message for message in found if message not in self.messages]
+        self.messages.update(found)
         if len(self.messages) > self.max_fraction * self.total:
             raise UserError(
                 f"{len(self.messages)} of {self.total} rows are bad, more than data.max_bad_fraction="
@@ -128,6 +138,29 @@ def batches(sources: Sources, config: Config, tokenizer: Tokenizer, first_sample
     if config.data.workers:
         # Grain's workers read absl flags, which only absl's own main would have parsed.
         flags.FLAGS.mark_as_parsed()
+        # The semaphores of workers that were killed are cleaned up, which is nothing to warn about.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         options = grain.MultiprocessingOptions(num_workers=min(config.data.workers, count), per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options)
-    return iter(dataset)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_become_worker)
+    stream = iter(dataset)
+    if config.data.workers:
+        _STREAMS.append(stream)
+    return stream
+
+
+def _become_worker(index: int, count: int) -> None:
+    """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
+    the main process waiting for its batch.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process within a second of its parent."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

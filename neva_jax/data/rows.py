@@ -42,7 +42,9 @@ def read_json(path: str | Path) -> list[Any]:
         rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read (it is nested too deeply for a list of rows)") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: must hold a list of rows, but holds a {type(rows).__name__}")
@@ -55,7 +57,7 @@ def parse_row(raw: Any) -> Row:
     """One element of the JSON list -> `Row`.
 
     Rules: `conversations` alternates human and gpt, starts with human and ends with gpt; `image` is a path, a list of
-    paths or absent; `<image>` occurs once for each image, in human turns only.
+    paths or absent; `<image>` occurs once for each image in human turns, and is plain text in an answer.
 
     Raises:
       BadRow: a rule is broken.
@@ -72,6 +74,8 @@ def parse_row(raw: Any) -> Row:
     images = [images] if isinstance(images, str) else [] if images is None else images
     if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
         raise BadRow(f"field image must be a path or a list of paths, not {_short(raw['image'])}")
+    for name in images:
+        check_characters("field image", name)
     marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed if turn.role == "user")
     if marks != len(images):
         raise BadRow(
@@ -80,14 +84,23 @@ def parse_row(raw: Any) -> Row:
     return Row(str(raw.get("id", "")), tuple(images), parsed)
 
 
+def check_characters(where: str, text: str) -> None:
+    """Raises BadRow for half a surrogate pair: JSON can hold it (`"\\ud83d"`), but it is no character, has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where} has {text[error.start]!r} at character {error.start}, half a surrogate pair") from None
+
+
 def _parse_turn(i: int, turn: Any) -> Turn:
     where = f"field conversations[{i}]"
     if not isinstance(turn, dict):
         raise BadRow(f"{where} must be an object with from and value, not {_short(turn)}")
-    if turn.get("from") not in ROLES:
+    if not isinstance(turn.get("from"), str) or turn["from"] not in ROLES:
         raise BadRow(f"{where}.from must be human or gpt, not {_short(turn.get('from'))}")
     if not isinstance(turn.get("value"), str):
         raise BadRow(f"{where}.value must be text, not {_short(turn.get('value'))}")
+    check_characters(f"{where}.value", turn["value"])
     role = ROLES[turn["from"]]
     expected = ("user", "assistant")[i % 2]
     if role != expected:

@@ -98,7 +98,7 @@ class Tokenizer:
         return (self._continuing if continues else self._starting).encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens; a leading space is dropped, as SentencePiece does."""
+        """The text of token ids, without control tokens; a leading space is dropped, as SentencePiece does."""
         return self._decoder.decode([i for i in ids if i not in (self.bos_id, self.eos_id)])
 
 
