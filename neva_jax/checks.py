@@ -106,8 +106,8 @@ def check_ranges(config: Config) -> None:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value} must be finite")
-    if config.run.seed >= 2**63:
-        raise UserError(f"run.seed={config.run.seed} must be less than 2^63")
+    if config.run.seed >= 2**32:
+        raise UserError(f"run.seed={config.run.seed} must be less than 2^32")
     for name in _AT_LEAST_ONE.split():
         if (value := _get(config, name)) is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")

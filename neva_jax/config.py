@@ -275,7 +275,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             raise UserError(f"override {text!r}: write it as section.key=value")
         try:
             parsed = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except YAML_ERRORS as error:
             raise UserError(f"override {text!r}: the value is no YAML ({_first_line(error)})") from None
         merged = _merge(merged, _nest(name, parsed), f"override {name}")
     return _to_config(merged)
@@ -305,10 +305,11 @@ def _read_yaml(path: str | Path) -> dict:
         raise UserError(f"--config {path}: cannot be read ({_reason(error)})") from None
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise UserError(f"--config {path}:{line} is no usable YAML ({getattr(error, 'problem', error)})") from None
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"--config {path}:{line} is no usable YAML ({problem})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -316,13 +317,13 @@ def _read_yaml(path: str | Path) -> dict:
     return values
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's booleans (`off` is a word, not false), and no key twice."""
+YAML_ERRORS = (yaml.YAMLError, TypeError, ValueError, RecursionError)  # the last three: {{x}}, !!int x, 10000 brackets
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
-        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, and no key twice: `off` is a word, `1e-3` a number, `007`, `12:30` and `2024-11-24` text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own way)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Refuses a mapping in which a key stands twice."""
@@ -335,7 +336,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _nest(name: str, value: Any) -> dict:
@@ -472,7 +484,10 @@ def parse_mesh_shape(text: str, devices: int) -> dict[str, int]:
         sizes[free[0]] = devices // product
         product = devices
     if product != devices:
-        raise UserError(f"mesh.shape={text}: the sizes make {product} devices, but {devices} are there")
+        raise UserError(
+            f"mesh.shape={text}: the sizes make {product} devices, but {devices} are there; one axis may be -1 for the "
+            "rest, and CUDA_VISIBLE_DEVICES hides GPUs"
+        )
     return {name: sizes.get(name, 1) for name in MESH_AXES}
 
 

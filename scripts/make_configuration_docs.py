@@ -50,8 +50,8 @@ error: override train.micro_bach: unknown key train.micro_bach; did you mean tra
 error: model.vision.image_size=225 is not divisible by model.vision.patch_size=14
 ```
 
-Two traps of YAML: `off`, `on`, `yes` and `no` are booleans unless they are quoted (`wandb: "off"`), and `1e3` is text,
-which an integer does not accept (write 1000).
+Values are YAML 1.2's: only `true` and `false` are booleans (`off` is a word), `1e-3` is a number, and what looks like a
+date or a time is text. An integer is written in digits: `1e3` is no integer, 1000 is.
 """
 
 # The keys of the NeVA workflow's YAML: NeMo's name, our key or why there is none, a remark.

@@ -129,7 +129,7 @@ def small_overrides(tmp_path, tokenizer_path, llava_data) -> list[str]:
         "model.llm.num_kv_heads=2",
         f"data.train=[{{json: {llava_data.json}, images: {llava_data.images}}}]",
         f"data.val=[{{json: {llava_data.val_json}, images: {llava_data.images}}}]",
-        "data.max_length=160",
+        "data.max_length=192",
         "data.workers=0",
         "precision.compute=fp32",
         "train.global_batch=8",

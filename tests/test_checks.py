@@ -144,6 +144,7 @@ BAD_OVERRIDES = {
     "never log": (["log.every=0"], ["log.every=0", "at least 1"]),
     "profile before the first step": (["profile.start_step=0"], ["profile.start_step=0", "at least 1"]),
     "negative workers": (["data.workers=-1"], ["data.workers=-1", "negative"]),
+    "value that is no key": (["run.dir={{{{x}}}}"], ["run.dir", "YAML"]),
     "negative seed": (["run.seed=-1"], ["run.seed=-1", "negative"]),
     "seed of more than 64 bits": (["run.seed=99999999999999999999"], ["run.seed=99999999999999999999"]),
     "negative lr": (["optimizer.lr=-1e-3"], ["optimizer.lr=-0.001", "negative"]),
@@ -219,6 +220,8 @@ def test_bad_override(name, good, tmp_path):
 BAD_FILES = {
     "no YAML": ("train:\n  steps: [5\n", ["run.yaml", "line", "YAML"]),
     "tab": ("train:\n\tsteps: 5\n", ["run.yaml", "line 2", "YAML"]),
+    "mapping as a key": ("{{x}}: 1\n", ["run.yaml", "YAML"]),
+    "too deep": ("run: " + "[" * 5000 + "\n", ["run.yaml", "YAML"]),
     "two documents": ("train: {steps: 4}\n---\ntrain: {steps: 3}\n", ["run.yaml", "line 2", "YAML"]),
     "Python object": ("run: !!python/object/apply:os.getcwd []\n", ["run.yaml", "line 1", "python/object"]),
     "list": ("- train\n- data\n", ["run.yaml", "list"]),
@@ -292,7 +295,8 @@ def test_trained_contents_need_a_base_that_has_the_frozen_parts(good, tmp_path, 
     config = load_config(None, [*good, f"model.init_from={tmp_path}/folder", "checkpoint.contents=trained"])
     held = {"vision": tmp_path, "projector": tmp_path}
     monkeypatch.setattr(setup, "available_components", lambda path: held)
-    assert setup.saved_components(config) == (("projector", "llm"), str(tmp_path / "folder"))
+    monkeypatch.setattr(setup, "locate", lambda path: tmp_path / "folder" / "checkpoints" / "7")
+    assert setup.saved_components(config) == (("projector", "llm"), str(tmp_path / "folder" / "checkpoints" / "7"))
     del held["vision"]
     with pytest.raises(UserError) as caught:
         setup.saved_components(config)

@@ -116,7 +116,16 @@ def test_empty_file_gives_the_defaults(tmp_path, text):
         ("run.dir='a: b'", "a: b"),
         ("run.dir=5", "5"),
         ("log.wandb=offline", "offline"),
-        ("log.wandb=off", "off"),  # which YAML reads as false
+        ("log.wandb=off", "off"),  # false in YAML 1.1
+        ("run.dir=truenas/run", "truenas/run"),
+        ("run.dir=false_start", "false_start"),
+        ("run.dir=2024-11-24", "2024-11-24"),
+        ("run.dir=2024-13-45", "2024-13-45"),
+        ("run.dir=007", "007"),
+        ("run.dir=12:30:00", "12:30:00"),
+        ("run.dir=1_000", "1_000"),
+        ("optimizer.lr=2E3", 2000.0),
+        ("optimizer.lr=.5", 0.5),
         ('log.wandb="off"', "off"),
     ],
 )
