@@ -1,12 +1,12 @@
 """python -m neva_jax.convert: changes the form of tokenizers (and, with later versions, of checkpoints)."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from neva_jax.data.tokenizer import add_tokens
 from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.files import check_output, replacing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,13 +32,12 @@ def _add_tokens(options: argparse.Namespace) -> int:
         serialized = Path(options.input).read_bytes()
     except OSError as error:
         raise UserError(f"--input {options.input}: cannot be read ({error.strerror})") from None
+    check_output("--output", output)
     if output.exists() and not options.force:
         raise UserError(f"--output {output}: exists; name another file, or add --force")
     serialized, ids = add_tokens(serialized, options.tokens, options.control, options.input)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_name(f".{output.name}.tmp")
-    fresh.write_bytes(serialized)
-    os.replace(fresh, output)
+    with replacing(output) as fresh:
+        fresh.write_bytes(serialized)
     for token, identity in zip(options.tokens, ids, strict=True):
         print(f"{identity}  {token}")
     print(f"new size: {ids[-1] + 1}")

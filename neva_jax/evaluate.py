@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from absl import logging as absl_logging
 
 from neva_jax.errors import CommandParser, UserError, exit_with
-from neva_jax.evaluation.exact import exact_match
+from neva_jax.evaluation.exact import exact_match, expected_answers
+from neva_jax.files import check_output
 from neva_jax.generate import add_sampling_arguments, sampling_options
 from neva_jax.inference.engine import Engine
-from neva_jax.inference.questions import answer_questions, check_output, read_jsonl, read_questions, write_jsonl
+from neva_jax.inference.questions import answer_questions, read_jsonl, read_questions, write_jsonl
 
 TASKS = {"exact": exact_match}
 
@@ -34,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absl_logging.set_verbosity(absl_logging.ERROR)
 
     questions = read_questions(options.questions)
+    expected_answers(questions, options.questions)
     if options.command == "run":
-        check_output("--answers", options.answers)
+        check_output("--answers", options.answers, options.questions)
         if options.batch_size < 1:
             raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
         sampling = sampling_options(options)

@@ -9,8 +9,9 @@ from absl import logging as absl_logging
 
 from neva_jax.data.rows import BadRow
 from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.files import check_output
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
-from neva_jax.inference.questions import answer_questions, check_output, read_questions, write_jsonl
+from neva_jax.inference.questions import answer_questions, read_questions, write_jsonl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling = sampling_options(options)
     if options.input is None:
         return _one(options, sampling)
-    check_output("--output", options.output)
+    check_output("--output", options.output, options.input)
     questions = read_questions(options.input)
     engine = Engine.from_checkpoint(options.checkpoint)
     answers = answer_questions(

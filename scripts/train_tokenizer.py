@@ -9,19 +9,21 @@ small text may not have enough pairs for --vocab-size; the tokenizer is then sma
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from neva_jax.errors import UserError
+from neva_jax.files import check_output, replacing
+
 BYTES_AND_CONTROLS = 256 + 3
 
 
 def texts(path: Path) -> Iterator[str]:
     """What both sides say in a LLaVA JSON file, without the marks of images."""
-    for row in json.loads(path.read_text(encoding="utf-8")):
+    for row in json.loads(path.read_text(encoding="utf-8-sig")):
         for turn in row["conversations"]:
             yield turn["value"].replace("<image>", "").strip()
 
@@ -32,6 +34,7 @@ def train(sentences: Sequence[str], vocab_size: int) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         # Sorted and without repetitions: a small data set of templates says the same sentence thousands of times.
         sentence_iterator=iter(sorted({line for text in sentences for line in text.splitlines() if line})),
+        max_sentence_length=2**20,  # in bytes; longer ones are left out without a word
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -62,25 +65,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--extra-text", nargs="*", default=[], metavar="S", help="more text to learn from")
     parser.add_argument("--force", action="store_true", help="overwrite --output")
     options = parser.parse_args(arguments)
+    try:
+        check_output("--output", options.output)
+    except UserError as error:
+        parser.error(str(error))
     if options.output.exists() and not options.force:
         parser.error(f"--output {options.output}: exists; name another file, or add --force")
-    try:
-        sentences = [text for path in options.json for text in texts(path)] + options.extra_text
-        characters = len(set("".join(sentences)) - {"\n"})
-        if options.vocab_size < BYTES_AND_CONTROLS + characters:
-            parser.error(
-                f"--vocab-size {options.vocab_size}: must be at least {BYTES_AND_CONTROLS + characters}: 256 bytes, "
-                f"3 control pieces and the {characters} characters of the text"
-            )
-        model = train(sentences, options.vocab_size)
-    except OSError as error:
-        parser.error(f"--json {error.filename}: cannot be read ({error.strerror})")
-    except (ValueError, KeyError, TypeError) as error:
-        parser.error(f"--json: no LLaVA JSON ({type(error).__name__}: {error})")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = options.output.with_name(f".{options.output.name}.tmp")
-    fresh.write_bytes(model)
-    os.replace(fresh, options.output)
+    sentences = list(options.extra_text)
+    for path in options.json:
+        try:
+            sentences += texts(path)
+        except OSError as error:
+            parser.error(f"--json {path}: cannot be read ({error.strerror})")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"--json {path}: no LLaVA JSON ({type(error).__name__}: {error})")
+    characters = set("".join(sentences)) - {"\n"}
+    if not characters - {" "}:
+        parser.error("--json: holds no text to learn from")
+    least = BYTES_AND_CONTROLS + len(characters | {" "})  # SentencePiece puts a space before each sentence
+    if options.vocab_size < least:
+        parser.error(
+            f"--vocab-size {options.vocab_size}: must be at least {least}: 256 bytes, 3 control pieces and the "
+            f"{least - BYTES_AND_CONTROLS} characters of the text"
+        )
+    model = train(sentences, options.vocab_size)
+    with replacing(options.output) as fresh:
+        fresh.write_bytes(model)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
     print(f"{options.output}: {pieces} pieces, learned from {len(sentences)} texts")
     return 0

@@ -22,6 +22,20 @@ class Score:
         return self.right / self.total
 
 
+def expected_answers(questions: list[Question], name: str) -> dict[str | int, str]:
+    """The field `answer` of each question from file `name`, by question_id.
+
+    Raises:
+      UserError: a question without it.
+    """
+    for question in questions:
+        if not isinstance(question.raw.get("answer"), str):
+            raise UserError(
+                f"{name}: line {question.line}: field answer must be text, not {question.raw.get('answer')!r}"
+            )
+    return {question.id: question.raw["answer"] for question in questions}
+
+
 def exact_match(questions: list[Question], answers: dict[str | int, str], name: str) -> Score:
     """Compares answers (by question_id) with the field `answer` of the questions from file `name`.
 
@@ -29,11 +43,9 @@ def exact_match(questions: list[Question], answers: dict[str | int, str], name: 
       UserError: a question without `answer`.
     """
     by_category: dict[str, list[bool]] = defaultdict(list)
+    expected = expected_answers(questions, name)
     for question in questions:
-        expected = question.raw.get("answer")
-        if not isinstance(expected, str):
-            raise UserError(f"{name}: line {question.line}: field answer must be text, not {expected!r}")
-        hit = simple(answers[question.id]) == simple(expected)
+        hit = simple(answers[question.id]) == simple(expected[question.id])
         by_category[str(question.raw.get("category", "all"))].append(hit)
     hits = [hit for group in by_category.values() for hit in group]
     return Score(sum(hits), len(hits), {name: (sum(group), len(group)) for name, group in sorted(by_category.items())})

@@ -3,4 +3,4 @@
 
 def simple(text: str) -> str:
     """Lower case, white space folded, a final full stop dropped."""
-    return " ".join(text.lower().split()).removesuffix(".")
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()

@@ -22,7 +22,7 @@ from flax import nnx
 
 from neva_jax.config import COMPONENTS, Config, image_tokens
 from neva_jax.data.images import load_image
-from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn
+from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn, check_characters
 from neva_jax.data.templates import TEMPLATES, encode_conversation
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
@@ -38,10 +38,20 @@ BUCKET = 64
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and its images; `<image>` marks in the text say where they stand, or none: before the text."""
+    """A prompt and its images; `<image>` marks in the text say where they stand, or none: before the text.
+
+    Raises:
+      BadRow: marks and images do not agree in number, or the text has half a character.
+    """
 
     text: str
     images: tuple[np.ndarray, ...] = ()  # each [S, S, 3] uint8
+
+    def __post_init__(self) -> None:
+        marks = self.text.count(IMAGE_MARK)
+        if marks and marks != len(self.images):
+            raise BadRow(f"the prompt has {marks} {IMAGE_MARK} marks, but {len(self.images)} images are given")
+        check_characters("the prompt", self.text)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class SamplingOptions:
             raise UserError(f"--temperature {self.temperature}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must lie in 0 … 2^32 - 1")
 
 
 @dataclass
@@ -82,8 +94,8 @@ class Engine:
     def __init__(self, config: Config, tokenizer: Tokenizer, params: dict, graphdef: nnx.GraphDef):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.template = TEMPLATES[config.data.template]
-        self._prefill = jax.jit(partial(_prefill, graphdef), static_argnames="slots")
-        self._decode = jax.jit(partial(_decode, graphdef), donate_argnames="cache")
+        self._prefill = jax.jit(partial(_prefill, graphdef, tokenizer.size), static_argnames="slots")
+        self._decode = jax.jit(partial(_decode, graphdef, tokenizer.size), donate_argnames="cache")
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "Engine":
@@ -121,11 +133,7 @@ class Engine:
         return replies
 
     def stream(self, requests: Sequence[Request], options: SamplingOptions) -> Iterator[list[Reply]]:
-        """Answers all requests as one batch; yields the growing replies after each token.
-
-        Raises:
-          BadRow: marks and images do not agree in number.
-        """
+        """Answers all requests as one batch; yields the growing replies after each token."""
         batch, lengths = self._batch(requests)
         length = batch["tokens"].shape[1]
         slots = length + -(-options.max_new_tokens // BUCKET) * BUCKET
@@ -163,10 +171,8 @@ class Engine:
         vision = self.config.model.vision
         encoded = []
         for request in requests:
-            marks = request.text.count(IMAGE_MARK)
-            text = request.text if marks else f"{IMAGE_MARK}\n" * len(request.images) + request.text
-            if marks and marks != len(request.images):
-                raise BadRow(f"the prompt has {marks} {IMAGE_MARK} marks, but {len(request.images)} images are given")
+            marked = IMAGE_MARK in request.text
+            text = request.text if marked else f"{IMAGE_MARK}\n" * len(request.images) + request.text
             turn = Turn("user", text)
             encoded.append(encode_conversation((turn,), self.template, self.tokenizer, image_tokens(vision)))
         lengths = np.asarray([len(e.tokens) for e in encoded], np.int32)
@@ -186,6 +192,7 @@ class Engine:
 
 def _prefill(
     graphdef: nnx.GraphDef,
+    vocabulary: int,
     params: dict,
     batch: dict[str, jax.Array],
     lengths: jax.Array,
@@ -194,16 +201,21 @@ def _prefill(
     top_p: jax.Array,
     slots: int,
 ) -> tuple[jax.Array, LayerCache]:
-    """Reads the prompts; returns the first new token of each row [B] and the cache [L, B, S, G, K]."""
+    """Reads the prompts; returns the first new token of each row [B] and the cache [L, B, S, G, K].
+
+    `vocabulary`: ids from there on have embeddings but no text (model.llm.vocab_size above the tokenizer's), and are
+    never drawn.
+    """
     model = nnx.merge(graphdef, params)
     cache = empty_cache(model.llm.config, batch["tokens"].shape[0], slots, model.llm.dtype)
     hidden, cache = model(batch, cache=cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return sample(model.llm.logits(last), rng, temperature, top_p), cache
+    return sample(model.llm.logits(last)[:, :vocabulary], rng, temperature, top_p), cache
 
 
 def _decode(
     graphdef: nnx.GraphDef,
+    vocabulary: int,
     params: dict,
     tokens: jax.Array,
     positions: jax.Array,
@@ -215,4 +227,4 @@ def _decode(
     """Reads one token [B] at its position [B]; returns the next token [B] and the cache."""
     model = nnx.merge(graphdef, params)
     hidden, cache = model.llm(model.llm.embed(tokens[:, None]), positions[:, None], cache=cache)
-    return sample(model.llm.logits(hidden[:, 0]), rng, temperature, top_p), cache
+    return sample(model.llm.logits(hidden[:, 0])[:, :vocabulary], rng, temperature, top_p), cache

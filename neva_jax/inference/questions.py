@@ -5,7 +5,6 @@ answer     {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from neva_jax.data.images import find_image
 from neva_jax.data.rows import BadRow
 from neva_jax.errors import UserError
+from neva_jax.files import replacing
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
 
 
@@ -38,7 +38,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
       UserError: unreadable, or a line that is no JSON object.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):
@@ -121,28 +121,11 @@ def _request(engine: Engine, path: str | Path, question: Question, images: str |
         raise UserError(f"{path}: line {question.line}: {error}") from None
 
 
-def check_output(flag: str, path: str | Path) -> None:
-    """Raises UserError if no file can be written at `path`, before the work whose result it shall hold."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{flag} {path}: is a directory; name a file")
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{flag} {path}: {parent} is no directory")
-
-
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows beside `path` and moves them there when all are written; returns their number."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
     count = 0
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(path) as fresh, fresh.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
