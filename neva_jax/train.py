@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,12 @@ from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.parallel.mesh import make_mesh, place_batch
-from neva_jax.training.checkpoint import (
-    Checkpoints,
-    Meta,
-    check_compatible,
-    load_components,
-    locate,
-    newest_step,
-    read_meta,
-)
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
 from neva_jax.training.guard import StopRequest
 from neva_jax.training.metrics import RunLog, check_loggers
 from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.profiling import Trace
+from neva_jax.training.resume import changes, resumed_meta
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -84,123 +79,148 @@ def run(config: Config) -> int:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract_moments = abstract_optimizer(optimizer, {name: abstract[name] for name in trained}, mesh)
     run_dir = Path(config.run.dir)
-    start = newest_step(run_dir / "checkpoints") or 0
-    resumed = _resumed_meta(config, tokenizer, run_dir, start)
-    sources = starting_weights(config) if resumed is None else {}
-    contents, base = saved_components(config) if resumed is None else (resumed.components, resumed.base)
+    resumed = resumed_meta(config, tokenizer, run_dir)
+    start = 0 if resumed is None else resumed.step
+    if resumed is None:
+        contents, base = saved_components(config)
+        sources = starting_weights(config)
+    else:
+        contents, base = resumed.components, resumed.base
+        sources = available_components(run_dir / "checkpoints" / str(start))
     check_loggers(config.log)
     if start >= config.train.steps:
         print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop, Checkpoints(run_dir, config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
 
-        with RunLog(config.log, run_dir, start, config.train.steps, config) as log:
-            # --- state: resumed, or fresh
-            if resumed is None:
-                params = initialise_parameters(config, abstract, sources, log.say)
-                moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
-                progress = {"samples": 0, "bad_rows": []}
-            else:
-                params, moments, progress = checkpoints.restore(
-                    start, {name: abstract[name] for name in resumed.components}, abstract_moments
-                )
-                missing = {name: abstract[name] for name in configuration.COMPONENTS if name not in params}
-                params |= load_components(missing, {name: locate(resumed.base) for name in missing}) if missing else {}
-                log.say(f"resumed from step {start}")
-            state = TrainState(jax.numpy.int32(start), {n: params[n] for n in trained}, moments)
-            frozen_params = {name: params[name] for name in frozen}
-            del params
-            log.say(_summary(config, sizes, accumulate, abstract, train_rows))
-
-            train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk)
-            eval_step = make_eval_step(graphdef, config.train.loss_chunk)
-            bad_rows = BadRowCount(
-                train_rows, config.data.on_bad_row, config.data.max_bad_fraction, progress["bad_rows"]
+    with (
+        StopRequest() as stop,
+        Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
+        jax.set_mesh(mesh),
+        RunLog(config.log, run_dir, start, config.train.steps, config) as log,
+        Trace(config.profile, run_dir) as trace,
+    ):
+        # --- state: resumed, or fresh
+        if resumed is None:
+            params = initialise_parameters(config, abstract, sources, log.say)
+            moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
+            progress = {"samples": 0, "bad_rows": []}
+        else:
+            params, moments, progress = checkpoints.restore(
+                start, {name: abstract[name] for name in contents}, abstract_moments
             )
-            left = (config.train.steps - start) * config.train.global_batch
-            stream = batches(train_rows, config, tokenizer, progress["samples"], left)
-            samples, meter = progress["samples"], Meter()
+            elsewhere = {name: abstract[name] for name in configuration.COMPONENTS if name not in contents}
+            params |= load_components(elsewhere, sources)
+            log.say(f"resumed from step {start}")
+            for name, (before, now) in changes(resumed.config, config).items():
+                log.say(f"changed since then: {name}={now}, was {before}")
+        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments)
+        frozen_params = {name: params[name] for name in frozen}
+        del params
+        log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
-            # --- the loop
-            for step in range(start + 1, config.train.steps + 1):
-                _profile(config, run_dir, step)
-                batch = meter.next(stream)
-                for message in bad_rows.add(batch):
-                    log.say(f"skipped {message}")
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
-                samples += config.train.global_batch
-                meter.count(batch)
-                last = step == config.train.steps or stop.signal is not None
-                log.advance()
-                if step == start + 1:
-                    jax.block_until_ready(metrics)
-                    meter = Meter()  # the first step compiles; its time says nothing of the speed
-                if step % config.log.every == 0 or last:
-                    loss = float(metrics["loss"])
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(
-                            f"step {step}: the loss is {loss}; nothing is saved after step {start}"
-                        )
-                    log.metrics(
-                        {
-                            "step": step,
-                            "loss": loss,
-                            "lr": float(metrics["lr"]),
-                            "grad_norm": float(metrics["grad_norm"]),
-                            **meter.row(),
-                            "epoch": samples / train_rows.epoch_size,
-                        }
-                    )
-                    meter = Meter()
-                with meter.paused():
-                    if val_rows is not None and (step % config.eval.every == 0 or step == config.train.steps):
-                        log.metrics(
-                            {
-                                "step": step,
-                                "val_loss": validate(
-                                    eval_step, state, frozen_params, val_rows, config, tokenizer, mesh
-                                ),
-                            }
-                        )
-                    if step % config.checkpoint.every == 0 or last:
-                        everything = {**frozen_params, **state.trained}
-                        checkpoints.save(
-                            step,
-                            {name: everything[name] for name in contents},
-                            state.optimizer,
-                            {"samples": samples, "bad_rows": list(bad_rows.messages)},
-                            Meta(step, config, contents, base, tokenizer),
-                        )
-                        del everything
-                if stop.signal is not None:
-                    break
-            checkpoints.wait()
-            if stop.signal is not None and step < config.train.steps:
-                log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
+        train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk)
+        eval_step = make_eval_step(graphdef, config.train.loss_chunk)
+        bad_rows = BadRowCount(train_rows, config.data.on_bad_row, config.data.max_bad_fraction, progress["bad_rows"])
+        left = (config.train.steps - start) * config.train.global_batch
+        stream = batches(train_rows, config, tokenizer, progress["samples"], left)
+        samples, meter, saved = progress["samples"], Meter(), start
+
+        def validate_now(step: int) -> None:
+            loss = validate(eval_step, state, frozen_params, val_rows, config, tokenizer, mesh, log.say)
+            log.metrics({"step": step, "val_loss": loss})
+
+        def validation_due(step: int) -> bool:
+            return val_rows is not None and (step % config.eval.every == 0 or step == config.train.steps)
+
+        # The run may have been killed between saving and validating.
+        if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
+            validate_now(start)
+
+        # --- the loop
+        for step in range(start + 1, config.train.steps + 1):
+            if step == start + 1 and stop.signal is not None:
+                log.say(f"stopped by signal {stop.signal} before step {step}; the same command continues")
                 return 128 + stop.signal
-            log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
+            trace.before(step, state)
+            batch = meter.next(stream)
+            for message in bad_rows.add(batch):
+                log.say(f"skipped {message}")
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+            samples += config.train.global_batch
+            meter.count(batch)
+            log.advance()
+            if step == start + 1:
+                jax.block_until_ready(metrics)
+                if config.log.every > 1:
+                    meter = Meter()  # the first step compiles; its time says nothing of the speed
+            # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
+            stopping = stop.signal is not None
+            last = step == config.train.steps or stopping
+            saving = last or step % config.checkpoint.every == 0
+            if saving or step % config.log.every == 0:
+                numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
+                if not all(map(math.isfinite, numbers.values())):
+                    raise FloatingPointError(
+                        f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}; nothing is saved "
+                        f"after step {saved}, from which the same command would continue"
+                    )
+                if last or step % config.log.every == 0:
+                    epoch = samples / train_rows.epoch_size
+                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch})
+                    meter = Meter()
+            if saving:
+                with meter.paused(state):
+                    everything = {**frozen_params, **state.trained}
+                    checkpoints.save(
+                        step,
+                        {name: everything[name] for name in contents},
+                        state.optimizer,
+                        {"samples": samples, "bad_rows": list(bad_rows.messages)},
+                        Meta(step, config, contents, base, tokenizer),
+                    )
+                    saved = step
+                    del everything
+            if stopping:
+                break
+            if validation_due(step):
+                with meter.paused(state):
+                    validate_now(step)
+        checkpoints.wait()
+        if step < config.train.steps:
+            log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
+            return 128 + stop.signal
+        log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
     return 0
 
 
 def validate(
-    eval_step: Any, state: TrainState, frozen: dict, rows: Sources, config: Config, tokenizer: Tokenizer, mesh: Any
+    eval_step: Any,
+    state: TrainState,
+    frozen: dict,
+    rows: Sources,
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Any,
+    say: Callable[[str], None],
 ) -> float:
     """Mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once."""
-    size = config.train.global_batch
+    size, accumulate = config.train.global_batch, check_mesh(config, dict(mesh.shape))
     wanted = min(config.eval.batches * size, rows.epoch_size)
     bad_rows = BadRowCount(rows, config.data.on_bad_row, config.data.max_bad_fraction)
     # Threads: starting worker processes would take longer than a short validation.
     threaded = replace(config, data=replace(config.data, workers=0))
     total, weights = 0.0, 0.0
     for i, batch in enumerate(batches(rows, threaded, tokenizer, 0, wanted)):
-        bad_rows.add(batch)
+        for message in bad_rows.add(batch):
+            say(f"validation skipped {message}")
         surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
         batch.arrays["loss_weights"][surplus] = 0
-        accumulate = check_mesh(config, dict(mesh.shape))
         nll, weight = eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, accumulate))
         total, weights = total + float(nll), weights + float(weight)
     return total / weights
@@ -229,9 +249,13 @@ class Meter:
         self.samples += len(batch.arrays["tokens"])
         self.tokens += int((batch.arrays["segment_ids"] > 0).sum())
 
-    def paused(self) -> "_Paused":
-        """A context whose time does not count (validation, saving)."""
-        return _Paused(self)
+    @contextmanager
+    def paused(self, state: Any) -> Iterator[None]:
+        """A context whose time does not count (validation, saving); what was started before it does."""
+        jax.block_until_ready(state)
+        before = time.monotonic()
+        yield
+        self.started += time.monotonic() - before
 
     def row(self) -> dict[str, float]:
         """Samples and tokens per second, and seconds spent waiting for data."""
@@ -241,36 +265,6 @@ class Meter:
             "tokens_per_s": self.tokens / seconds,
             "data_wait_s": self.data_wait,
         }
-
-
-@dataclass
-class _Paused:
-    meter: Meter
-
-    def __enter__(self) -> None:
-        self.before = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.started += time.monotonic() - self.before
-
-
-def _resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path, start: int) -> Meta | None:
-    """What the newest checkpoint says of itself, or None for a fresh run; checks that this run can continue it."""
-    if start == 0:
-        if config.run.resume == "must":
-            raise UserError(f"run.resume=must, but {run_dir} holds no checkpoint")
-        return None
-    if config.run.resume == "never":
-        raise UserError(f"run.resume=never, but {run_dir} holds a checkpoint of step {start}; name another run.dir")
-    meta = read_meta(run_dir / "checkpoints" / str(start))
-    if meta.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(f"model.tokenizer={config.model.tokenizer} is not the file that {run_dir} was trained with")
-    check_compatible(config, meta.config, configuration.COMPONENTS, run_dir)
-    for name in configuration.COMPONENTS:
-        ours, theirs = getattr(config.model, name).freeze, getattr(meta.config.model, name).freeze
-        if ours != theirs:
-            raise UserError(f"model.{name}.freeze={ours}, but {run_dir} was trained with {theirs}; use a new run.dir")
-    return meta
 
 
 def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: dict, rows: Sources) -> str:
@@ -285,14 +279,6 @@ def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: d
         f"{rows.row_count} rows, {config.train.global_batch} per step in {accumulate} micro batches; "
         f"mesh {mesh} on {jax.devices()[0].device_kind}; {config.precision.compute}"
     )
-
-
-def _profile(config: Config, run_dir: Path, step: int) -> None:
-    first = config.profile.start_step
-    if first is not None and step == first:
-        jax.profiler.start_trace(str(run_dir / "profile"))
-    if first is not None and step == first + config.profile.steps:
-        jax.profiler.stop_trace()
 
 
 if __name__ == "__main__":

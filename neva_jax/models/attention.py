@@ -10,6 +10,8 @@ B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * 
 import jax
 import jax.numpy as jnp
 
+from neva_jax.errors import UserError
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -66,9 +68,22 @@ def _mask(t: int, s: int, causal: bool, segment_ids: jax.Array | None, positions
     return mask
 
 
-def choose_backend(name: str, dtype: jnp.dtype) -> str:
-    """`auto` -> `cudnn` for bf16 on an NVIDIA GPU, else `xla`; other names stay."""
-    if name != "auto":
-        return name
-    on_gpu = jax.default_backend() == "gpu" and "NVIDIA" in jax.devices()[0].device_kind.upper()
-    return "cudnn" if on_gpu and dtype == jnp.bfloat16 else "xla"
+def choose_backend(name: str, dtype: jnp.dtype, width: int) -> str:
+    """The kernel for heads of K = `width`: `auto` -> `cudnn` where it runs, else `xla`; other names stay.
+
+    Raises:
+      UserError: `cudnn` is asked for where it does not run.
+    """
+    device = jax.devices()[0]
+    on_gpu = device.platform == "gpu" and "NVIDIA" in device.device_kind.upper()
+    # jax.nn.dot_product_attention's own conditions; Ampere is 8.0.
+    modern = on_gpu and float(getattr(device, "compute_capability", "0")) >= 8
+    possible = modern and dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    if name == "cudnn" and not possible:
+        raise UserError(
+            f"model.attention=cudnn needs bf16 (here {jnp.dtype(dtype).name}), a head width divisible by 8 and at most "
+            f"128 (here {width}), and an NVIDIA GPU from Ampere on (here {device.device_kind}); use auto"
+        )
+    if name == "auto":
+        return "cudnn" if possible else "xla"
+    return name

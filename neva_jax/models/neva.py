@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import ModelConfig, PrecisionConfig
+from neva_jax.config import ModelConfig, PrecisionConfig, head_dim
 from neva_jax.models.attention import choose_backend
 from neva_jax.models.llama import LayerCache, Llama
 from neva_jax.models.projector import Projector
@@ -33,7 +33,8 @@ class Neva(nnx.Module):
         vision_remat = "none" if config.vision.freeze else remat
         self.vision = Vision(rngs, config.vision, dtype, vision_remat)
         self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
-        self.llm = Llama(rngs, config.llm, dtype, choose_backend(config.attention, dtype), remat, unroll)
+        backend = choose_backend(config.attention, dtype, head_dim(config.llm))
+        self.llm = Llama(rngs, config.llm, dtype, backend, remat, unroll)
 
     def image_features(self, images: jax.Array) -> jax.Array:
         """images [B, K, S, S, 3] uint8 -> [B, K*P, D]."""

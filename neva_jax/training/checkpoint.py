@@ -94,9 +94,18 @@ def _version(name: str) -> str | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest complete checkpoint in a folder of steps, or None."""
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "meta" / "meta.json").is_file()]
-    return max(steps, default=None)
+    """The newest checkpoint in a folder of steps, or None. (One that was being written has another name until then.)
+
+    Raises:
+      UserError: the newest is damaged.
+    """
+    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
+    if steps and not (folder / str(steps[0]) / "meta" / "meta.json").is_file():
+        raise UserError(
+            f"{folder / str(steps[0])}: is damaged, it has no meta/meta.json; move it away to go back to "
+            f"{f'step {steps[1]}' if steps[1:] else 'the start'}"
+        )
+    return steps[0] if steps else None
 
 
 def locate(path: str | Path) -> Path:
@@ -151,12 +160,14 @@ class Checkpoints:
     def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta) -> None:
         """Starts to save; returns once the arrays are copied, and they are written while training goes on."""
         state = {"params": params, "optimizer": optimizer, "step": step}
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=SaveFiles(meta.files())
+                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data), meta=SaveFiles(meta.files())
             ),
         )
+        if not saved:
+            raise RuntimeError(f"{self.directory}: Orbax did not save step {step}; a later step is there")
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk."""

@@ -1,5 +1,6 @@
 """Stopping in good order: a signal is remembered, the step under way ends, the state is saved."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -23,4 +24,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None:
+            os.write(2, b"\nstopping: this step ends, then the state is saved\n")  # print is not safe in a handler
         self.signal = number

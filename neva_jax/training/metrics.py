@@ -9,11 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from tqdm import tqdm
 
 from neva_jax.config import LogConfig, to_dict
 from neva_jax.errors import UserError
+from neva_jax.files import replacing
 
 PLOT_SECONDS = 10.0
 
@@ -70,6 +72,10 @@ class RunLog:
         print(message, file=sys.stderr, flush=True)
         self._text.write(f"{datetime.now().isoformat(timespec='seconds')} {message}\n")
         self._text.flush()
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether the value `name` of a step is logged already."""
+        return any(row["step"] == step and name in row for row in self._rows)
 
     def advance(self, steps: int = 1) -> None:
         """Moves the progress bar."""
@@ -131,9 +137,8 @@ def _rewind(path: Path, step: int) -> list[dict]:
             break
         if row["step"] <= step:
             rows.append(row)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fresh.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 
@@ -141,16 +146,20 @@ def _tensorboard(run_dir: Path, resumed_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what a run that was cut off wrote after its last checkpoint.
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
 
 def _wandb(config: LogConfig, run_dir: Path, run_config: Any) -> Any:
     import wandb
 
+    # Kept in the run's directory, so that a resumed run goes on in the same W&B run, and no other run does.
+    identity = run_dir / "wandb_id.txt"
+    if not identity.exists():
+        identity.write_text(uuid4().hex[:12])
     return wandb.init(
         project=config.wandb_project,
         name=config.wandb_name or run_dir.name,
-        id=run_dir.name,
+        id=identity.read_text(),
         resume="allow",
         dir=str(run_dir),
         mode=config.wandb,

@@ -1,10 +1,11 @@
 """The loss curve as a picture."""
 
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from neva_jax.files import replacing
 
 matplotlib.use("Agg")
 
@@ -20,7 +21,5 @@ def plot_losses(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    figure.savefig(fresh, format="png")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, format="png")

@@ -17,7 +17,7 @@ from neva_jax.errors import UserError
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings
 from neva_jax.precision.policy import frozen_dtype
-from neva_jax.training.checkpoint import available_components, check_compatible, load_components, read_meta
+from neva_jax.training.checkpoint import available_components, check_compatible, load_components, locate, read_meta
 
 Parameters = dict[str, Any]
 
@@ -125,7 +125,8 @@ def initialise_optimizer(
 
 
 def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
-    """Which components a checkpoint of this run holds, and the base that has the others (an absolute path or None).
+    """Which components a checkpoint of this run holds, and the base that has the others (None, or the absolute path of
+    one step: a base that trains on does not change the run).
 
     Raises:
       UserError: `checkpoint.contents=trained`, but the base lacks a frozen component.
@@ -136,7 +137,7 @@ def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
         return COMPONENTS, None
     lacking = [name for name in frozen if base is None or name not in available_components(base)]
     if not lacking:
-        return trained_components(config.model), str(Path(base).resolve())
+        return trained_components(config.model), str(locate(base).resolve())
     if contents == "trained":
         raise UserError(
             f"checkpoint.contents=trained would lose the frozen random weights of {' and '.join(lacking)}, which "

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neva_jax.errors import UserError
 from neva_jax.models.attention import attend, choose_backend
 
 
@@ -120,24 +121,33 @@ def test_cudnn_refuses_masks_that_it_lacks(mask):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_backend_on_cpu(dtype):
-    assert choose_backend("auto", dtype) == "xla"
-    assert choose_backend("xla", dtype) == "xla"
-    assert choose_backend("cudnn", dtype) == "cudnn"
+    assert choose_backend("auto", dtype, 128) == "xla"
+    assert choose_backend("xla", dtype, 128) == "xla"
+    with pytest.raises(UserError, match=r"model\.attention=cudnn needs bf16 .* an NVIDIA GPU .* \(here cpu\)"):
+        choose_backend("cudnn", dtype, 128)
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "expected"),
+    ("kind", "capability", "dtype", "width", "expected"),
     [
-        ("NVIDIA H200", jnp.bfloat16, "cudnn"),
-        ("NVIDIA H200", jnp.float32, "xla"),
-        ("AMD Instinct MI300X", jnp.bfloat16, "xla"),
+        ("NVIDIA H200", "9.0", jnp.bfloat16, 128, "cudnn"),
+        ("NVIDIA B200", "10.0", jnp.bfloat16, 64, "cudnn"),
+        ("NVIDIA H200", "9.0", jnp.float32, 128, "xla"),
+        ("NVIDIA H200", "9.0", jnp.bfloat16, 100, "xla"),
+        ("NVIDIA H200", "9.0", jnp.bfloat16, 256, "xla"),
+        ("Tesla T4", "7.5", jnp.bfloat16, 128, "xla"),
+        ("AMD Instinct MI300X", "gfx942", jnp.bfloat16, 128, "xla"),
     ],
 )
-def test_backend_on_a_gpu(monkeypatch, kind, dtype, expected):
+def test_backend_on_a_gpu(monkeypatch, kind, capability, dtype, width, expected):
     class Device:
-        device_kind = kind
+        platform, device_kind, compute_capability = "gpu", kind, capability
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    assert choose_backend("auto", dtype) == expected
-    assert choose_backend("xla", dtype) == "xla"
+    assert choose_backend("auto", dtype, width) == expected
+    assert choose_backend("xla", dtype, width) == "xla"
+    if expected == "cudnn":
+        assert choose_backend("cudnn", dtype, width) == "cudnn"
+    else:
+        with pytest.raises(UserError, match=r"model\.attention=cudnn needs"):
+            choose_backend("cudnn", dtype, width)

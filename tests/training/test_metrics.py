@@ -264,12 +264,15 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch):
     run_dir = tmp_path / "stage-1"
     with open_log(run_dir, config=LogConfig(tensorboard=False, wandb="offline")) as log:
         log.metrics({"step": 3, "val_loss": 0.75})
-    settings, row, status = calls
+        log.metrics({"step": 4, "val_loss": 0.5})
+    with open_log(run_dir, config=LogConfig(tensorboard=False, wandb="offline")):
+        pass
+    settings, row, _, status, again, _ = calls
+    assert settings["id"] == again["id"] == (run_dir / "wandb_id.txt").read_text()
     assert (row, status) == ((3, {"val_loss": 0.75}), 0)
-    assert {name: settings[name] for name in ("project", "name", "id", "mode", "resume")} == {
+    assert {name: settings[name] for name in ("project", "name", "mode", "resume")} == {
         "project": "neva_jax",
         "name": "stage-1",
-        "id": "stage-1",
         "mode": "offline",
         "resume": "allow",
     }

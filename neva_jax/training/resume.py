@@ -1,0 +1,49 @@
+"""Whether a run goes on where it stopped, and whether it may."""
+
+from pathlib import Path
+from typing import Any
+
+from neva_jax.config import COMPONENTS, Config, walk
+from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError
+from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, read_meta
+
+# Changed, they would make another run of it: other weights, or other samples under the numbers already consumed.
+FIXED = (*(f"model.{name}.freeze" for name in COMPONENTS), "run.seed", "data.train", "data.template")
+
+
+def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | None:
+    """What the newest checkpoint of `run_dir` says of itself, or None for a fresh run.
+
+    Raises:
+      UserError: `run.resume` forbids what is there, or the configuration is of another run.
+    """
+    step = newest_step(run_dir / "checkpoints")
+    if step is None:
+        if config.run.resume == "must":
+            raise UserError(f"run.resume=must, but {run_dir} holds no checkpoint")
+        return None
+    if config.run.resume == "never":
+        raise UserError(f"run.resume=never, but {run_dir} holds a checkpoint of step {step}; name another run.dir")
+    meta = read_meta(run_dir / "checkpoints" / str(step))
+    if meta.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(f"model.tokenizer={config.model.tokenizer} is not the file that {run_dir} was trained with")
+    check_compatible(config, meta.config, COMPONENTS, run_dir)
+    differing = changes(meta.config, config)
+    for name in FIXED:
+        if name in differing:
+            before, now = differing[name]
+            raise UserError(f"{name}={now}, but {run_dir} was trained with {before}; use a new run.dir")
+    return meta
+
+
+def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ -> (value before, value now)."""
+
+    def value(config: Any, name: str) -> Any:
+        for part in name.split("."):
+            config = getattr(config, part)
+        return config
+
+    pairs = {name: (value(before, name), value(now, name)) for name, _ in walk()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
