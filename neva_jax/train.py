@@ -137,6 +137,16 @@ def run(config: Config) -> int:
         def validation_due(step: int) -> bool:
             return val_rows is not None and (step % config.eval.every == 0 or step == config.train.steps)
 
+        def save_now(step: int) -> None:
+            everything = {**frozen_params, **state.trained}
+            checkpoints.save(
+                step,
+                {name: everything[name] for name in contents},
+                state.optimizer,
+                {"samples": samples, "bad_rows": list(bad_rows.messages)},
+                Meta(step, config, contents, base, tokenizer),
+            )
+
         # The run may have been killed between saving and validating.
         if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
             validate_now(start)
@@ -161,7 +171,8 @@ def run(config: Config) -> int:
                     meter = Meter()  # the first step compiles; its time says nothing of the speed
             # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
             stopping = stop.signal is not None
-            last = step == config.train.steps or stopping
+            final = step == config.train.steps
+            last = final or stopping
             saving = last or step % config.checkpoint.every == 0
             if saving or step % config.log.every == 0:
                 numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
@@ -174,23 +185,17 @@ def run(config: Config) -> int:
                     epoch = samples / train_rows.epoch_size
                     log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch})
                     meter = Meter()
-            if saving:
+            if saving and not final:
                 with meter.paused(state):
-                    everything = {**frozen_params, **state.trained}
-                    checkpoints.save(
-                        step,
-                        {name: everything[name] for name in contents},
-                        state.optimizer,
-                        {"samples": samples, "bad_rows": list(bad_rows.messages)},
-                        Meta(step, config, contents, base, tokenizer),
-                    )
+                    save_now(step)
                     saved = step
-                    del everything
-            if stopping:
+            if stopping and not final:
                 break
             if validation_due(step):
                 with meter.paused(state):
                     validate_now(step)
+            if final:
+                save_now(step)  # last of all: a run that has its last step is complete
         checkpoints.wait()
         if step < config.train.steps:
             log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")

@@ -132,15 +132,14 @@ def read_meta(step_dir: Path) -> Meta:
     path = step_dir / "meta" / "meta.json"
     try:
         described = json.loads(path.read_text())
-        found = described["format"]
+        if described["format"] != FORMAT:
+            raise UserError(f"{path}: is of format {described['format']}; this version reads {FORMAT}")
         tokenizer = Tokenizer.from_file(step_dir / "meta" / "tokenizer.model")
         if tokenizer.sha256 != described["tokenizer"]["sha256"]:
             raise UserError(f"{step_dir}/meta/tokenizer.model: is not the file that the checkpoint was saved with")
-        if found != FORMAT:
-            raise UserError(f"{path}: is of format {found}; this version reads {FORMAT}")
         config = config_from_dict(described["config"])
         return Meta(described["step"], config, tuple(described["components"]), described["base"], tokenizer)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is broken ({error!r})") from None
 
 
@@ -229,7 +228,10 @@ def load_components(abstract: dict, sources: dict[str, Path]) -> dict:
         for step_dir in sorted({sources[name] for name in abstract}):
             wanted = {name: tree for name, tree in abstract.items() if sources[name] == step_dir}
             state_dir = (step_dir / "state").resolve()
-            _check_shapes(wanted, checkpointer.metadata(state_dir).item_metadata.tree["params"], step_dir)
+            saved = checkpointer.metadata(state_dir).item_metadata if state_dir.is_dir() else None
+            if saved is None:
+                raise UserError(f"{step_dir}: is damaged, its state/ cannot be read; take another step")
+            _check_shapes(wanted, saved.tree["params"], step_dir)
             params |= checkpointer.restore(state_dir, args=_restore_args({"params": wanted}))["params"]
     return {name: params[name] for name in abstract}
 
