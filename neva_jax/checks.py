@@ -91,7 +91,8 @@ _NOT_NEGATIVE = """
     optimizer.weight_decay data.max_bad_fraction
 """
 _ABOVE_ZERO = """
-    optimizer.eps optimizer.clip_norm model.vision.norm_eps model.llm.norm_eps model.llm.init_std model.llm.rope_base
+    optimizer.eps optimizer.clip_norm model.vision.norm_eps model.vision.position_init_std model.llm.norm_eps
+    model.llm.init_std model.llm.rope_base
 """
 
 

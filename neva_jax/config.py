@@ -59,6 +59,11 @@ class VisionConfig:
     select_layer: int = key(-2, "Whose output feeds the projector: -1 is the last layer, -2 the one before it.")
     image_mean: list[float] = key([0.48145466, 0.4578275, 0.40821073], "Mean of each channel, for values in 0..1.")
     image_std: list[float] = key([0.26862954, 0.26130258, 0.27577711], "Standard deviation of each channel.")
+    position_init_std: float = key(
+        0.02,
+        "Standard deviation of a random position table (CLIP's own: 0.02). A random encoder that stays frozen needs a "
+        "larger one: nothing can learn later where a patch lies if its features do not tell.",
+    )
     freeze: bool = key(True, "Keep the encoder's weights as they are.")
 
 

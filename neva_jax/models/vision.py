@@ -77,7 +77,7 @@ class Vision(nnx.Module):
         patches = (config.image_size // p) ** 2
         self.class_token = param(rngs, (d,), ("norm",), normal(d**-0.5))
         self.patch = param(rngs, (p * p * 3, d), ("patch", "embed"), normal(0.02))
-        self.position = param(rngs, (patches + 1, d), ("position", "embed"), normal(0.02))
+        self.position = param(rngs, (patches + 1, d), ("position", "embed"), normal(config.position_init_std))
         self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
         self.layers = VisionBlock(rngs, config, config.num_layers)
         self.post_norm = LayerNorm(rngs, d, config.norm_eps)
