@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FORMAT = 2  # raise it when the same parameters would give another data set
+FORMAT = 3  # raise it when the same parameters would give another data set
 DRAWS = 8  # tries to find questions that give no other one away
 ASKED_ALONE = ("heldout", "unseen")  # splits whose questions are no conversation
 COLORS = {
@@ -39,7 +39,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": (0.30, 0.33), "large": (0.40, 0.43)}  # side of the bounding box, as a part of the picture's width
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-SIDES = {"left": (0, 2), "right": (1, 3), "top": (0, 1), "bottom": (2, 3)}  # which of PLACES lie there
+SIDES = {"left": (0, 2), "right": (1, 3)}  # which of PLACES lie there
 MARGIN = 0.03  # free space around an object within its quarter of the picture
 HELD_OUT_COMBINATIONS = (("blue", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"))
 CATEGORIES = ("color", "shape", "count", "side", "yes_no")
@@ -95,12 +95,8 @@ class Picture:
 class Question:
     """One question; the words are what its template is filled with."""
 
-    kind: str
+    kind: str  # one of CATEGORIES
     words: tuple[str, ...] = ()
-
-    @property
-    def category(self) -> str:
-        return self.kind if self.kind in CATEGORIES else "yes_no"
 
     @property
     def text(self) -> str:
@@ -108,9 +104,8 @@ class Question:
             "color": "What color is the {}?",
             "shape": "Which shape is {}?",
             "count": "How many objects are there?",
-            "side": "Which shape is on the {}?",
-            "exists": "Is there a {} {}?",
-            "on_side": "Is the {} on the {}?",
+            "side": "Which color is on the {}?",
+            "yes_no": "Is there a {} {}?",
         }
         return templates[self.kind].format(*self.words)
 
@@ -129,13 +124,9 @@ def answer(question: Question, scene: Scene) -> str:
             return str(len(objects))
         case "side", (side,):
             there = [scene[i] for i in SIDES[side] if scene[i]]
-            return there[0][1] if len(there) == 1 else ""
-        case "exists", combination:
+            return there[0][0] if len(there) == 1 else ""
+        case "yes_no", combination:
             return "yes" if combination in objects else "no"
-        case "on_side", (shape, side):
-            if shape not in color_of:
-                return ""
-            return "yes" if (color_of[shape], shape) in [scene[i] for i in SIDES[side]] else "no"
     raise ValueError(f"no such kind of question: {question.kind}")
 
 
@@ -163,6 +154,8 @@ def place(rng: random.Random, pairs: list[Combination]) -> tuple[Object, ...]:
     """Give each combination a size and a quarter of the picture, and a place within it."""
     objects = {}
     quarters = rng.sample(range(len(PLACES)), len(pairs))
+    while not can_be_placed(quarters):
+        quarters = rng.sample(range(len(PLACES)), len(pairs))
     for (color, shape), quarter in zip(pairs, quarters, strict=True):
         size = rng.choice(list(SIZES))
         side = rng.uniform(*SIZES[size])
@@ -171,6 +164,12 @@ def place(rng: random.Random, pairs: list[Combination]) -> tuple[Object, ...]:
         rgb = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[color])
         objects[quarter] = Object(color, shape, size, PLACES[quarter], x, y, side, rgb)
     return tuple(objects[quarter] for quarter in sorted(objects))
+
+
+def can_be_placed(quarters: Sequence[int]) -> bool:
+    """Whether objects may stand at these PLACES: two or three so that one side has a single one, to be asked about."""
+    alone = any(sum(quarter in side for quarter in quarters) == 1 for side in SIDES.values())
+    return alone or len(quarters) == len(PLACES)
 
 
 def background_tone(rng: random.Random, light: bool) -> Color:
@@ -222,7 +221,7 @@ def coverage(thing: Object, size: int) -> np.ndarray:
 def make_questions(rng: random.Random, picture: Picture, index: int, split: str) -> list[Question]:
     """Four questions of different categories, in random order.
 
-    The index decides which category is left out and which answer the yes/no question has, so that every run of 20
+    The index decides which category is left out and which answer the yes/no question has, so that every run of 60
     pictures is balanced (with four objects, no side has just one: `side` is left out then). In the unseen split they
     ask about the held-out object. Held-out questions are asked alone; those of a conversation must not be answered by
     the turns before them, so some are drawn again, or left out where a picture of few objects has no four such
@@ -255,15 +254,10 @@ def make_question(rng: random.Random, picture: Picture, category: str, index: in
         return Question("count")
     if category == "side":
         sides = [side for side in SIDES if answer(Question("side", (side,)), picture.scene)]
-        about = [side for side in sides if answer(Question("side", (side,)), picture.scene) == subject.shape]
+        about = [side for side in sides if answer(Question("side", (side,)), picture.scene) == subject.color]
         return Question("side", (rng.choice(about or sides),))
     yes = index % 2 == 0
-    if index % 4 < 2:
-        return Question("exists", subject.combination if yes else absent_combination(rng, picture, unseen))
-    sides = [side for side in SIDES if answer(Question("on_side", (subject.shape, side)), picture.scene) == "yes"]
-    if not yes:
-        sides = [side for side in SIDES if side not in sides]
-    return Question("on_side", (subject.shape, rng.choice(sides)))
+    return Question("yes_no", subject.combination if yes else absent_combination(rng, picture, unseen))
 
 
 def absent_combination(rng: random.Random, picture: Picture, unseen: bool) -> tuple[str, str]:
@@ -289,7 +283,7 @@ def seen_scenes() -> list[Scene]:
         for colors, shapes in product(permutations(COLORS, count), permutations(SHAPES, count)):
             pairs = list(zip(colors, shapes, strict=True))
             if not set(pairs) & set(HELD_OUT_COMBINATIONS):
-                for quarters in combinations(range(len(PLACES)), count):
+                for quarters in filter(can_be_placed, combinations(range(len(PLACES)), count)):
                     found = dict(zip(quarters, pairs, strict=True))
                     scenes.append(tuple(found.get(quarter) for quarter in range(len(PLACES))))
     return scenes
@@ -368,7 +362,7 @@ def question_lines(split: str, index: int, picture: Picture, questions: list[Que
             "image": image_name(split, index),
             "text": question.text,
             "answer": answer(question, picture.scene),
-            "category": question.category,
+            "category": question.kind,
         }
         for i, question in enumerate(questions)
     ]
@@ -409,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
-    for split, count in (("train", 6000), ("val", 128), ("heldout", 50), ("unseen", 50)):
+    for split, count in (("train", 9000), ("val", 128), ("heldout", 50), ("unseen", 50)):
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default: {count})")
     parser.add_argument("--force", action="store_true", help="replace a data set with other parameters")
     options = parser.parse_args(arguments)
@@ -421,7 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = options.out
     stamp = {"format": FORMAT, "seed": options.seed, "size": options.size, "counts": counts}
     complete, unfinished = out / "dataset.json", out / "unfinished"
-    if complete.is_file() and json.loads(complete.read_text()) == stamp:
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        parser.error(f"--out {out}: is a file, or leads through one; name a folder")
+    if complete.is_file() and complete.read_text() == json.dumps(stamp) + "\n":
         print(f"{out}: is complete already")
         return 0
     if out.exists() and not unfinished.exists() and not options.force and any(out.iterdir()):
