@@ -7,12 +7,15 @@ from typing import Any
 from neva_jax.config import (
     COMPONENTS,
     Config,
+    LlmConfig,
     ModelConfig,
     frozen_components,
     head_dim,
     image_tokens,
     kv_heads,
     padded_vocab,
+    projector_layers,
+    rotary_width,
     walk,
 )
 from neva_jax.errors import UserError
@@ -29,6 +32,7 @@ def check(config: Config) -> None:
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
     check_ranges(config)
     _check_model(config.model)
+    _check_images(config)
     _check_training(config)
     _check_files(config)
 
@@ -80,19 +84,22 @@ def _get(config: Config, name: str) -> Any:
 
 
 _AT_LEAST_ONE = """
-    train.steps train.micro_batch train.global_batch train.unroll train.loss_chunk data.max_length data.images_per_row
+    train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
+    data.max_length data.images_per_row model.vision.position_image_size model.llm.sliding_window
+    model.llm.rope_original_length
     checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
     model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
     model.vision.num_layers model.vision.num_heads model.llm.vocab_size model.llm.vocab_multiple model.llm.hidden_size
     model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim
 """
 _NOT_NEGATIVE = """
-    run.seed data.workers optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps
-    optimizer.weight_decay data.max_bad_fraction
+    run.seed data.workers data.video_frames data.max_bad_fraction
+    optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps optimizer.weight_decay
 """
 _ABOVE_ZERO = """
     optimizer.eps optimizer.clip_norm model.vision.norm_eps model.vision.position_init_std model.llm.norm_eps
-    model.llm.init_std model.llm.rope_base
+    model.llm.init_std model.llm.rope_base model.llm.rope_fraction model.llm.rope_factor model.llm.rope_low_freq_factor
+    model.llm.rope_high_freq_factor
 """
 
 
@@ -155,8 +162,8 @@ def _check_model(model: ModelConfig) -> None:
             f"model.llm.hidden_size={llm.hidden_size} is not divisible by model.llm.num_heads={llm.num_heads}; "
             "change one or set model.llm.head_dim"
         )
-    if head_dim(llm) % 2:
-        raise UserError(f"model.llm.head_dim={head_dim(llm)} is odd; rotary embedding pairs its halves")
+    _check_rope(llm)
+    _check_image_tokens(model)
     if llm.num_heads % kv_heads(llm):
         raise UserError(
             f"model.llm.num_heads={llm.num_heads} is not divisible by model.llm.num_kv_heads={kv_heads(llm)}"
@@ -169,6 +176,74 @@ def _check_model(model: ModelConfig) -> None:
             f"model.init_from is not set, but {' and '.join(frozen)} would stay frozen at random weights; "
             "name a checkpoint, or set model.allow_random_frozen=true"
         )
+
+
+def _check_rope(llm: LlmConfig) -> None:
+    if llm.rope_fraction > 1:
+        raise UserError(f"model.llm.rope_fraction={llm.rope_fraction} must be at most 1")
+    width = rotary_width(llm)
+    if width % 2 or width < 4:
+        raise UserError(
+            f"model.llm.head_dim={head_dim(llm)} x model.llm.rope_fraction={llm.rope_fraction} rotates {width} channels, "
+            f"{'an odd number' if width % 2 else 'too few'}; it must be an even number, 4 or more"
+        )
+    if llm.rope_scaling == "none" and llm.rope_factor != 1:
+        raise UserError(f"model.llm.rope_factor={llm.rope_factor} has no effect with model.llm.rope_scaling=none")
+    if llm.rope_scaling == "llama3" and llm.rope_high_freq_factor <= llm.rope_low_freq_factor:
+        raise UserError(
+            f"model.llm.rope_high_freq_factor={llm.rope_high_freq_factor} must be above "
+            f"model.llm.rope_low_freq_factor={llm.rope_low_freq_factor}"
+        )
+
+
+def _check_image_tokens(model: ModelConfig) -> None:
+    vision, projector = model.vision, model.projector
+    projector_layers(projector.kind)
+    if projector.kind == "identity" and vision.hidden_size != model.llm.hidden_size:
+        raise UserError(
+            f"model.projector.kind=identity needs model.vision.hidden_size={vision.hidden_size} and "
+            f"model.llm.hidden_size={model.llm.hidden_size} to be equal"
+        )
+    if vision.select_feature == "cls_patch" and vision.kind != "clip":
+        raise UserError(f"model.vision.select_feature=cls_patch: {vision.kind} has no class token; use patch")
+    if vision.select_feature == "cls_patch" and projector.kind == "mlp_downsample":
+        raise UserError("model.vision.select_feature=cls_patch: mlp_downsample needs a square of patches; use patch")
+    if vision.position_image_size is not None and vision.position_image_size % vision.patch_size:
+        raise UserError(
+            f"model.vision.position_image_size={vision.position_image_size} is not divisible by "
+            f"model.vision.patch_size={vision.patch_size}"
+        )
+
+
+def _check_images(config: Config) -> None:
+    data, size = config.data, config.model.vision.image_size
+    tokens = image_tokens(config.model)
+    if data.max_length <= tokens:
+        raise UserError(
+            f"data.max_length={data.max_length} leaves no room for text: one image takes {tokens} tokens "
+            f"(model.vision.image_size={size}, patch_size={config.model.vision.patch_size})"
+        )
+    frames = data.video_frames if data.splice_single_frame == "none" else 1
+    if data.video_frames and data.max_length <= frames * tokens:
+        raise UserError(
+            f"data.max_length={data.max_length} leaves no room for text: {frames} frames of a video "
+            f"(data.video_frames) take {frames * tokens} tokens"
+        )
+    if data.splice_single_frame != "none" and not data.video_frames:
+        raise UserError(
+            f"data.splice_single_frame={data.splice_single_frame} has no effect with data.video_frames=0, which "
+            "refuses videos; set data.video_frames=1"
+        )
+    if data.image_mode != "anyres":
+        return
+    if not data.image_grids:
+        raise UserError("data.image_grids=[] is empty; data.image_mode=anyres needs at least one [height, width]")
+    for i, grid in enumerate(data.image_grids):
+        if len(grid) != 2 or min(grid) < 1 or any(side % size for side in grid):
+            raise UserError(
+                f"data.image_grids[{i}]={grid} must be [height, width], both multiples of "
+                f"model.vision.image_size={size}"
+            )
 
 
 def _check_training(config: Config) -> None:
@@ -186,11 +261,16 @@ def _check_training(config: Config) -> None:
         raise UserError(
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}"
         )
-    tokens = image_tokens(config.model.vision)
-    if config.data.max_length <= tokens:
+    layers = config.model.llm.num_layers
+    if train.remat != "none" and train.remat_method == "uniform" and layers % train.remat_layers:
         raise UserError(
-            f"data.max_length={config.data.max_length} leaves no room for text: one image takes {tokens} tokens "
-            f"(model.vision.image_size={config.model.vision.image_size}, patch_size={config.model.vision.patch_size})"
+            f"train.remat_layers={train.remat_layers} does not divide model.llm.num_layers={layers}, which "
+            "train.remat_method=uniform needs"
+        )
+    if not config.model.vision.freeze and train.remat_layers > 1:
+        raise UserError(
+            f"train.remat_layers={train.remat_layers} with model.vision.freeze=false: groups are of the language "
+            "model's layers; use 1"
         )
     if config.checkpoint.contents == "trained" and config.model.init_from is None and frozen_components(config.model):
         raise UserError(

@@ -46,8 +46,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The CLIP vision transformer. The defaults are ViT-L/14 at 224 px."""
+    """The vision transformer, CLIP's or SigLIP's. The defaults are CLIP ViT-L/14 at 224 px."""
 
+    kind: Literal["clip", "siglip"] = key(
+        "clip", "`clip`: a class token, and a norm before the layers; `siglip`: neither, but a bias on the patches."
+    )
     image_size: int = key(224, "Side of the square image that the encoder sees, in pixels.")
     patch_size: int = key(14, "Side of a patch, in pixels.")
     hidden_size: int = key(1024, "Width of the encoder.")
@@ -56,7 +59,15 @@ class VisionConfig:
     num_heads: int = key(16, "Number of attention heads.")
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = key("quick_gelu", "Activation of the MLP.")
     norm_eps: float = key(1e-5, "Epsilon of the layer norms.")
+    position_image_size: int | None = key(
+        None,
+        "Image size that the position table is made for; where it is not `image_size`, the table is interpolated "
+        "(bicubic). null: `image_size`.",
+    )
     select_layer: int = key(-2, "Whose output feeds the projector: -1 is the last layer, -2 the one before it.")
+    select_feature: Literal["patch", "cls_patch"] = key(
+        "patch", "`patch` drops the class token, `cls_patch` keeps it as an image token."
+    )
     image_mean: list[float] = key([0.48145466, 0.4578275, 0.40821073], "Mean of each channel, for values in 0..1.")
     image_std: list[float] = key([0.26862954, 0.26130258, 0.27577711], "Standard deviation of each channel.")
     position_init_std: float = key(
@@ -71,13 +82,18 @@ class VisionConfig:
 class ProjectorConfig:
     """The projector from image features to the language model's embeddings."""
 
-    kind: Literal["linear", "mlp2x_gelu"] = key("mlp2x_gelu", "`linear` (LLaVA 1.0, NeVA) or `mlp2x_gelu` (LLaVA 1.5).")
+    kind: str = key(
+        "mlp2x_gelu",
+        "`linear` (LLaVA 1.0, NeVA), `mlp2x_gelu` (LLaVA 1.5; any number of layers), `identity`, or `mlp_downsample` "
+        "(2 x 2 neighbouring patches become one token).",
+    )
+    newline: bool = key(False, "A learned embedding at the end of each row of an `anyres` image (LLaVA-NeXT).")
     freeze: bool = key(False, "Keep the projector's weights as they are.")
 
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """The Llama language model. The defaults are Llama-2 7B."""
+    """The language model: Llama, Mistral, Qwen2 and their like. The defaults are Llama-2 7B."""
 
     vocab_size: int | None = key(None, "Number of token ids; null takes the tokenizer's size.")
     vocab_multiple: int = key(
@@ -90,9 +106,28 @@ class LlmConfig:
     num_kv_heads: int | None = key(None, "Number of key and value heads (NeMo: num_query_groups); null: num_heads.")
     head_dim: int | None = key(None, "Width of a head; null: hidden_size / num_heads.")
     rope_base: float = key(10000.0, "Base of the rotary position embedding.")
+    rope_fraction: float = key(1.0, "Part of a head's width that is rotated (NeMo: rotary_percentage).")
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = key(
+        "none", "How the rotary embedding is stretched to longer rows (NeMo: seq_len_interpolation_factor is `linear`)."
+    )
+    rope_factor: float = key(1.0, "By how much it is stretched.")
+    rope_original_length: int = key(
+        8192,
+        "`dynamic` and `llama3`: the length that the model was first trained with (Hugging Face: "
+        "max_position_embeddings for `dynamic`, original_max_position_embeddings for `llama3`).",
+    )
+    rope_low_freq_factor: float = key(1.0, "`llama3`: waves longer than original length / this are stretched in full.")
+    rope_high_freq_factor: float = key(4.0, "`llama3`: waves shorter than original length / this stay as they are.")
+    sliding_window: int | None = key(None, "A token sees this many tokens, itself included (Mistral); null: all.")
+    qkv_bias: bool = key(False, "Biases on queries, keys and values (Qwen2).")
+    o_bias: bool = key(False, "A bias on the attention's output projection.")
+    mlp_bias: bool = key(False, "Biases in the MLP.")
     norm_eps: float = key(1e-5, "Epsilon of the RMS norms.")
     tie_embeddings: bool = key(False, "Use the input embedding as the output head.")
     init_std: float = key(0.02, "Standard deviation of random weights (NeMo: init_method_std).")
+    scaled_output_init: bool = key(
+        False, "Random output projections of attention and MLP get init_std / sqrt(2 x num_layers), as NeMo's."
+    )
     freeze: bool = key(False, "Keep the language model's weights as they are.")
 
 
@@ -100,7 +135,9 @@ class LlmConfig:
 class ModelConfig:
     """The model and where its starting weights come from."""
 
-    tokenizer: str | None = key(None, "SentencePiece model file.")
+    tokenizer: str | None = key(
+        None, "Tokenizer file: SentencePiece's tokenizer.model, or Hugging Face's tokenizer.json."
+    )
     init_from: str | None = key(
         None, "Checkpoint (a run's directory or one of its steps) that supplies the starting weights; null: random."
     )
@@ -135,8 +172,24 @@ class DataConfig:
     )
     max_length: int = key(2048, "Tokens per row, image tokens included; a longer row counts as bad.")
     images_per_row: int = key(1, "Most images in one row.")
-    image_mode: Literal["square", "pad"] = key(
-        "square", "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first."
+    image_mode: Literal["square", "pad", "anyres"] = key(
+        "square",
+        "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first; `anyres`: the "
+        "whole image and crops of it on the grid that suits it best (LLaVA-NeXT).",
+    )
+    image_grids: list[list[int]] = key(
+        [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        "`anyres`: the [height, width] that an image may be cut from, multiples of model.vision.image_size.",
+    )
+    image_start: str | None = key(
+        None, "Token before each image, one of the tokenizer's (NeMo's use_im_start_end: `<extra_id_4>`); null: none."
+    )
+    image_end: str | None = key(None, "Token after each image (NeMo: `<extra_id_5>`); null: none.")
+    video_frames: int = key(
+        0, "Frames taken of a video, evenly; a shorter one repeats its last (NeMo: num_frames). 0 refuses videos."
+    )
+    splice_single_frame: Literal["none", "first", "middle", "last"] = key(
+        "none", "Take this one frame of a video instead of `video_frames`."
     )
     on_bad_row: Literal["error", "skip"] = key(
         "error", "`error` stops at a broken row or image; `skip` counts it and takes the next good row instead."
@@ -172,6 +225,12 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = key(
         "dots", "Activations kept for the backward pass: all, the matrix products' results, or the layer inputs only."
     )
+    remat_method: Literal["uniform", "block"] = key(
+        "uniform",
+        "`uniform`: groups of `remat_layers` layers, each recomputed from its input; `block`: the first "
+        "`remat_layers` layers are recomputed, the others keep all (NeMo: activations_checkpoint_method).",
+    )
+    remat_layers: int = key(1, "See `remat_method` (NeMo: activations_checkpoint_num_layers).")
     unroll: int = key(1, "Layers per iteration of the scan over layers.")
     loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
 
@@ -430,9 +489,35 @@ def _reason(error: Exception) -> str:
 # --- derived numbers -------------------------------------------------------------------------------------------------
 
 
-def image_tokens(vision: VisionConfig) -> int:
-    """P, the number of tokens that one image takes: one for each patch (the class token is dropped)."""
-    return (vision.image_size // vision.patch_size) ** 2
+def patch_grid(vision: VisionConfig) -> int:
+    """Patches along one side of the image that the encoder sees."""
+    return vision.image_size // vision.patch_size
+
+
+def token_grid(model: ModelConfig) -> int:
+    """Image tokens along one side of a tile: its patches, or half as many after `mlp_downsample`."""
+    patches = patch_grid(model.vision)
+    return -(-patches // 2) if model.projector.kind == "mlp_downsample" else patches
+
+
+def image_tokens(model: ModelConfig) -> int:
+    """P, the number of tokens that one tile takes: its grid, and the class token where it is kept."""
+    return token_grid(model) ** 2 + (model.vision.select_feature == "cls_patch")
+
+
+def projector_layers(kind: str) -> int:
+    """Linear layers of a projector; 0 for `identity`.
+
+    Raises:
+      UserError: no such kind.
+    """
+    if kind in ("identity", "linear", "mlp_downsample"):
+        return ("identity", "linear", "mlp_downsample").index(kind)
+    if match := re.fullmatch(r"mlp([1-9][0-9]*)x_gelu", kind):
+        return int(match[1])
+    raise UserError(
+        f"model.projector.kind={kind}: must be linear, mlp2x_gelu (or another number), identity or mlp_downsample"
+    )
 
 
 def kv_heads(llm: LlmConfig) -> int:
@@ -443,6 +528,11 @@ def kv_heads(llm: LlmConfig) -> int:
 def head_dim(llm: LlmConfig) -> int:
     """Width of one head of the language model."""
     return llm.head_dim if llm.head_dim is not None else llm.hidden_size // llm.num_heads
+
+
+def rotary_width(llm: LlmConfig) -> int:
+    """R, the channels of a head that the rotary embedding turns; the rest stay as they are."""
+    return int(head_dim(llm) * llm.rope_fraction)
 
 
 def padded_vocab(llm: LlmConfig) -> int:
@@ -500,7 +590,8 @@ def derived_comment(config: Config) -> str:
     """Numbers that follow from the configuration, as YAML comments for `--print-config`."""
     llm, vision = config.model.llm, config.model.vision
     lines = [
-        f"image_tokens: {image_tokens(vision)}   # per image: ({vision.image_size} / {vision.patch_size})^2",
+        f"image_tokens: {image_tokens(config.model)}   # per tile: {token_grid(config.model)} x "
+        f"{token_grid(config.model)}, select_feature {vision.select_feature}, projector {config.model.projector.kind}",
         f"num_kv_heads: {kv_heads(llm)}",
         f"head_dim: {head_dim(llm)}",
         f"trained: {', '.join(trained_components(config.model)) or 'nothing'}",

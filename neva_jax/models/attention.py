@@ -3,6 +3,7 @@
 rows of one segment        causal alone is enough: padding stands at the right end, and no earlier token sees it
 rows of several segments   token i sees token j if j <= i and both are of the same segment (0 is padding)
 decoding with a cache      token at position p sees the cache slots 0 ... p; slot and position are the same number
+with a sliding window W    of all those, the last W only, itself included
 
 B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * R), K head width.
 """
@@ -23,6 +24,7 @@ def attend(
     causal: bool = True,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    window: int | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads.
@@ -33,6 +35,7 @@ def attend(
       causal: token i sees only keys j <= i.
       segment_ids: [B, T] i32, T = S: attention stays inside a segment. None: one segment per row.
       positions: [B, T] i32: keys are a cache whose slot j holds position j; token at position p sees slots 0 ... p.
+      window: W, tokens that a token sees, itself included; only with a causal mask. None: all.
       backend: `xla`, or `cudnn` (bf16 or fp16 on a GPU; no segments, no cache).
 
     Returns:
@@ -44,25 +47,35 @@ def attend(
     if backend == "cudnn":
         if segment_ids is not None or positions is not None:
             raise ValueError("attention backend cudnn masks causally only; use xla for segments or a cache")
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        local = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn")
     b, t, h, width = q.shape
     groups = k.shape[2]
     grouped = q.reshape(b, t, groups, h // groups, width)  # [B, T, G, R, K]
     scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    mask = _mask(t, k.shape[1], causal, segment_ids, positions)
+    mask = _mask(t, k.shape[1], causal, segment_ids, positions, window)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(b, t, h, width)
 
 
-def _mask(t: int, s: int, causal: bool, segment_ids: jax.Array | None, positions: jax.Array | None) -> jax.Array | None:
+def _mask(
+    t: int,
+    s: int,
+    causal: bool,
+    segment_ids: jax.Array | None,
+    positions: jax.Array | None,
+    window: int | None,
+) -> jax.Array | None:
     """[B or 1, T, S] bool, True where attention is allowed; None where it is allowed everywhere."""
-    if positions is not None:
-        return jnp.arange(s)[None, None, :] <= positions[:, :, None]
-    if not causal:
+    if positions is None and not causal:
         return None
-    mask = (jnp.arange(s)[None, :] <= jnp.arange(t)[:, None])[None]
+    query = jnp.arange(t)[None, :, None] if positions is None else positions[:, :, None]
+    key = jnp.arange(s)[None, None, :]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
     if segment_ids is not None:
         mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
     return mask

@@ -6,6 +6,7 @@ runs the module once for each slice.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +17,23 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@dataclass(frozen=True)
+class Remat:
+    """What the backward pass computes again (NeMo's activation checkpointing).
+
+    policy: `none`, `dots` or `full`.
+    method, layers: `uniform` recomputes groups of `layers` layers, each from its input; `block` only the first
+    `layers` layers.
+    """
+
+    policy: str = "none"
+    method: str = "uniform"
+    layers: int = 1
+
+
+NO_REMAT = Remat()
 
 
 def normal(std: float) -> Callable:
@@ -73,7 +91,7 @@ def scan_layers(
     x: jax.Array,
     *,
     per_layer: Any = None,
-    remat: str = "none",
+    remat: Remat = NO_REMAT,
     unroll: int = 1,
     count: int | None = None,
     call: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
@@ -83,7 +101,7 @@ def scan_layers(
     Args:
       x: carried from layer to layer.
       per_layer: pytree of arrays [L, ...]; layer l gets slice l.
-      remat: `none`, `dots` or `full`: which activations are kept for the backward pass.
+      remat: which activations are kept for the backward pass, and of which layers.
       unroll: layers per iteration of the scan.
       count: run only the first `count` layers; None runs all.
       call: `(layer, x, slice of per_layer) -> (x, output)`.
@@ -94,11 +112,30 @@ def scan_layers(
     graphdef, parameters = nnx.split(stack)
     if count is not None:
         parameters = jax.tree.map(lambda p: p[:count], parameters)
+    slices = (parameters, per_layer)
 
     def body(x, slices):
         layer_parameters, layer_input = slices
         return call(nnx.merge(graphdef, layer_parameters), x, layer_input)
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (parameters, per_layer), unroll=unroll)
+    if remat.policy == "none":
+        return jax.lax.scan(body, x, slices, unroll=unroll)
+    total = jax.tree.leaves(parameters)[0].shape[0]
+    if remat.method == "block" and remat.layers < total:
+        first = jax.tree.map(lambda a: a[: remat.layers], slices)
+        rest = jax.tree.map(lambda a: a[remat.layers :], slices)
+        x, first_output = jax.lax.scan(_checkpoint(body, remat.policy), x, first, unroll=unroll)
+        x, rest_output = jax.lax.scan(body, x, rest, unroll=unroll)
+        return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_output, rest_output)
+    if remat.method == "uniform" and remat.layers > 1:
+        group = remat.layers
+        grouped = jax.tree.map(lambda a: a.reshape(total // group, group, *a.shape[1:]), slices)
+        x, output = jax.lax.scan(
+            _checkpoint(lambda x, part: jax.lax.scan(body, x, part, unroll=unroll), remat.policy), x, grouped
+        )
+        return x, jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), output)
+    return jax.lax.scan(_checkpoint(body, remat.policy), x, slices, unroll=unroll)
+
+
+def _checkpoint(body: Callable, policy: str) -> Callable:
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)

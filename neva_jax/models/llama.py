@@ -1,4 +1,4 @@
-"""The Llama language model (HF LlamaForCausalLM).
+"""The Llama language model (HF LlamaForCausalLM), and its kin: Mistral's sliding window, Qwen2's biases.
 
 B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width, F MLP width, V vocabulary rows,
 L layers, S cache slots.
@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import LlmConfig, head_dim, kv_heads, padded_vocab
+from neva_jax.config import LlmConfig, head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, attend
-from neva_jax.models.layers import RMSNorm, normal, param, scan_layers
+from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain
 
 
@@ -23,26 +23,46 @@ class LayerCache(NamedTuple):
     v: jax.Array
 
 
-def rotary_angles(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions: jax.Array, config: LlmConfig) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary embedding (Su et al. 2021; HF LlamaRotaryEmbedding).
+
+    With R the rotated part of the head width (rope_fraction): angle i is position * base^(-2i/R), and rope_scaling
+      linear    divides the frequencies by the factor F
+      llama3    divides those of waves longer than the original length N / low, keeps those shorter than N / high, and
+                goes from one to the other in between (HF _compute_llama3_parameters)
+      dynamic   raises the base where a row is longer than N: base * (F * length / N - (F - 1))^(R / (R - 2)); a row's
+                length is its largest position + 1 (HF _compute_dynamic_ntk_parameters, which takes the batch's)
 
     Args:
       positions: [B, T] i32.
-      width: K, the head width; base: theta.
 
     Returns:
-      (cos, sin), each [B, T, K/2] f32, of positions * base^(-2i/K).
+      (cos, sin), each [B, T, R/2] f32.
     """
-    frequencies = base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    width, factor, original = rotary_width(config), config.rope_factor, config.rope_original_length
+    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    base = jnp.float32(config.rope_base)
+    if config.rope_scaling == "dynamic":
+        length = jnp.maximum(jnp.max(positions, axis=1) + 1, original).astype(jnp.float32)[:, None, None]
+        base = base * (factor * length / original - (factor - 1)) ** (width / (width - 2))
+    frequencies = base**-exponents
+    if config.rope_scaling == "linear":
+        frequencies = frequencies / factor
+    if config.rope_scaling == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        kept = jnp.clip((original * frequencies / (2 * jnp.pi) - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x[i], x[i + K/2]) of each head by the angles; x: [B, T, H, K], computed in fp32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates the pairs (x[i], x[i + R/2]) of each head's first R channels; x: [B, T, H, K], computed in fp32."""
+    half = cos.shape[-1]
+    y = x.astype(jnp.float32)
+    first, second, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -56,17 +76,28 @@ class Block(nnx.Module):
             head_dim(config),
             config.intermediate_size,
         )
-        init = normal(config.init_std)
+        init, zeros = normal(config.init_std), jax.nn.initializers.zeros
+        out = normal(config.init_std / (2 * config.num_layers) ** 0.5) if config.scaled_output_init else init
         self.attention_norm = RMSNorm(rngs, d, config.norm_eps, layers)
         self.q = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), init, layers)
         self.k = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
         self.v = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
-        self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), init, layers)
+        self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), out, layers)
+        if config.qkv_bias:
+            self.q_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
+            self.k_bias = param(rngs, (g, k), ("kv_heads", "head_dim"), zeros, layers)
+            self.v_bias = param(rngs, (g, k), ("kv_heads", "head_dim"), zeros, layers)
+        if config.o_bias:
+            self.o_bias = param(rngs, (d,), ("norm",), zeros, layers)
         self.mlp_norm = RMSNorm(rngs, d, config.norm_eps, layers)
         self.gate = param(rngs, (d, f), ("embed", "mlp"), init, layers)
         self.up = param(rngs, (d, f), ("embed", "mlp"), init, layers)
-        self.down = param(rngs, (f, d), ("mlp", "embed"), init, layers)
-        self.backend = backend
+        self.down = param(rngs, (f, d), ("mlp", "embed"), out, layers)
+        if config.mlp_bias:
+            self.gate_bias = param(rngs, (f,), ("mlp",), zeros, layers)
+            self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
+            self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
+        self.config, self.backend = config, backend
 
     def __call__(
         self,
@@ -77,28 +108,33 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens)."""
-        dtype = x.dtype
+        dtype, config, window = x.dtype, self.config, self.config.sliding_window
+
+        def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
+            y = jnp.einsum(equation, x, getattr(self, name)[...].astype(dtype))
+            return y + getattr(self, f"{name}_bias")[...].astype(dtype) if biased else y
+
         with jax.named_scope("attention"):
             y = self.attention_norm(x)
-            q = rotate(jnp.einsum("btd,dhk->bthk", y, self.q[...].astype(dtype)), *angles)
-            k = rotate(jnp.einsum("btd,dgk->btgk", y, self.k[...].astype(dtype)), *angles)
-            v = jnp.einsum("btd,dgk->btgk", y, self.v[...].astype(dtype))
+            q = rotate(linear("btd,dhk->bthk", y, "q", config.qkv_bias), *angles)
+            k = rotate(linear("btd,dgk->btgk", y, "k", config.qkv_bias), *angles)
+            v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
             q = constrain(q, "batch", "length", "heads", "head_dim")
             k = constrain(k, "batch", "length", "kv_heads", "head_dim")
             v = constrain(v, "batch", "length", "kv_heads", "head_dim")
             if cache is None:
-                attended = attend(q, k, v, segment_ids=segment_ids, backend=self.backend)
+                attended = attend(q, k, v, segment_ids=segment_ids, window=window, backend=self.backend)
             else:
                 cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
-                attended = attend(q, cache.k, cache.v, positions=positions)
-            x = x + jnp.einsum("bthk,hkd->btd", attended, self.o[...].astype(dtype))
+                attended = attend(q, cache.k, cache.v, positions=positions, window=window)
+            x = x + linear("bthk,hkd->btd", attended, "o", config.o_bias)
             x = constrain(x, "batch", "length", "features")
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
-            gate = jnp.einsum("btd,df->btf", y, self.gate[...].astype(dtype))
-            up = jnp.einsum("btd,df->btf", y, self.up[...].astype(dtype))
+            gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
+            up = linear("btd,df->btf", y, "up", config.mlp_bias)
             inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-            x = x + jnp.einsum("btf,fd->btd", inner, self.down[...].astype(dtype))
+            x = x + linear("btf,fd->btd", inner, "down", config.mlp_bias)
             return constrain(x, "batch", "length", "features"), cache
 
 
@@ -110,7 +146,7 @@ def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
 class Llama(nnx.Module):
     """Token embedding, L decoder layers, final norm and output head."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlmConfig, dtype: jnp.dtype, backend: str, remat: str, unroll: int):
+    def __init__(self, rngs: nnx.Rngs, config: LlmConfig, dtype: jnp.dtype, backend: str, remat: Remat, unroll: int):
         rows, init = padded_vocab(config), normal(config.init_std)
         self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)
         self.layers = Block(rngs, config, backend, config.num_layers)
@@ -141,13 +177,13 @@ class Llama(nnx.Module):
         Returns:
           (normed hidden states [B, T, D], the cache with the new tokens or None)
         """
-        angles = rotary_angles(positions, head_dim(self.config), self.config.rope_base)
+        angles = rotary_angles(positions, self.config)
         x = constrain(x, "batch", "length", "features")
         x, cache = scan_layers(
             self.layers,
             x,
             per_layer=cache,
-            remat=self.remat if cache is None else "none",
+            remat=self.remat if cache is None else NO_REMAT,
             unroll=self.unroll,
             call=lambda layer, x, layer_cache: layer(x, positions, angles, segment_ids, layer_cache),
         )

@@ -1,10 +1,10 @@
 """The whole model: images -> ViT -> projector, spliced into the token embeddings -> Llama.
 
-slots   -1  -1   0   1   2   3  -1  -1      (image_slots: -1 = text, else k*P + p)
-tokens   1  45   0   0   0   0  87  12      (what stands at an image slot is not read)
-input    e   e   f   f   f   f   e   e      (e: token embedding, f: projected feature p of image k)
+slots   -1  -1   0   1  -2   2   3  -2  -1      (image_slots: -1 = text, -2 = end of a row of tiles, else k*P + p)
+tokens   1  45   0   0   0   0   0   0  87      (what stands at an image slot is not read)
+input    e   e   f   f   n   f   f   n   e      (e: token embedding, f: projected feature p of tile k, n: newline)
 
-B rows, T tokens, K images per row, P tokens per image, S side in pixels, D hidden size.
+B rows, T tokens, K tiles per row (an image is one or several), P tokens per tile, S side in pixels, D hidden size.
 """
 
 from typing import Any
@@ -15,22 +15,25 @@ from flax import nnx
 
 from neva_jax.config import ModelConfig, PrecisionConfig, head_dim
 from neva_jax.models.attention import choose_backend
+from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.llama import LayerCache, Llama
 from neva_jax.models.projector import Projector
 from neva_jax.models.vision import Vision
 from neva_jax.parallel.mesh import constrain
 from neva_jax.precision.policy import compute_dtype
 
+NEWLINE_SLOT = -2
+
 
 class Neva(nnx.Module):
     """A LLaVA-style vision-language model: `vision`, `projector`, `llm`."""
 
     def __init__(
-        self, rngs: nnx.Rngs, config: ModelConfig, precision: PrecisionConfig, remat: str = "none", unroll: int = 1
+        self, rngs: nnx.Rngs, config: ModelConfig, precision: PrecisionConfig, remat: Remat = NO_REMAT, unroll: int = 1
     ):
         dtype = compute_dtype(precision)
         # No gradient flows into a frozen encoder, so it has nothing to recompute.
-        vision_remat = "none" if config.vision.freeze else remat
+        vision_remat = NO_REMAT if config.vision.freeze else remat
         self.vision = Vision(rngs, config.vision, dtype, vision_remat)
         self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
         backend = choose_backend(config.attention, dtype, head_dim(config.llm))
@@ -47,7 +50,10 @@ class Neva(nnx.Module):
         text = self.llm.embed(tokens)
         features = self.image_features(images)
         spliced = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        return jnp.where(image_slots[:, :, None] >= 0, spliced, text)
+        x = jnp.where(image_slots[:, :, None] >= 0, spliced, text)
+        if not self.projector.has_newline:
+            return x
+        return jnp.where(image_slots[:, :, None] == NEWLINE_SLOT, self.projector.newline[...].astype(x.dtype), x)
 
     def __call__(
         self, batch: dict[str, jax.Array], packed: bool = False, cache: LayerCache | None = None
@@ -67,7 +73,7 @@ class Neva(nnx.Module):
 
 
 def abstract_model(
-    config: ModelConfig, precision: PrecisionConfig, remat: str = "none", unroll: int = 1
+    config: ModelConfig, precision: PrecisionConfig, remat: Remat = NO_REMAT, unroll: int = 1
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph definition, and its parameters as shapes with their logical axes; nothing is allocated."""
     model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll))

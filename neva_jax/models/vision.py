@@ -1,4 +1,4 @@
-"""The CLIP vision transformer (HF CLIPVisionModel), up to the layer whose output feeds the projector.
+"""The vision transformer (HF CLIPVisionModel, SiglipVisionModel), up to the layer whose output feeds the projector.
 
 N images, S side in pixels, P patches, D hidden size, H heads, K head width, F MLP width, L layers.
 """
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from neva_jax.config import VisionConfig
+from neva_jax.config import VisionConfig, patch_grid
 from neva_jax.models.attention import attend
-from neva_jax.models.layers import LayerNorm, normal, param, scan_layers
+from neva_jax.models.layers import LayerNorm, Remat, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain
 
 ACTIVATIONS = {
@@ -72,13 +72,19 @@ class Vision(nnx.Module):
     All layers and the final norm are held, as in the checkpoint they come from; those above `select_layer` never run.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: str):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: Remat):
         d, p = config.hidden_size, config.patch_size
-        patches = (config.image_size // p) ** 2
-        self.class_token = param(rngs, (d,), ("norm",), normal(d**-0.5))
+        patches = ((config.position_image_size or config.image_size) // p) ** 2
+        self.leading = 1 if config.kind == "clip" else 0  # tokens before the patches
+        if config.kind == "clip":
+            self.class_token = param(rngs, (d,), ("norm",), normal(d**-0.5))
+            self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
         self.patch = param(rngs, (p * p * 3, d), ("patch", "embed"), normal(0.02))
-        self.position = param(rngs, (patches + 1, d), ("position", "embed"), normal(config.position_init_std))
-        self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
+        if config.kind == "siglip":
+            self.patch_bias = param(rngs, (d,), ("norm",), jax.nn.initializers.zeros)
+        self.position = param(
+            rngs, (patches + self.leading, d), ("position", "embed"), normal(config.position_init_std)
+        )
         self.layers = VisionBlock(rngs, config, config.num_layers)
         self.post_norm = LayerNorm(rngs, d, config.norm_eps)
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -86,17 +92,20 @@ class Vision(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """images [N, S, S, 3] uint8 -> features of the patches [N, P, D], row by row from the top left.
 
-        The output of layer L + 1 + select_layer without the final norm, without the class token (HF
-        vision_feature_layer and the select strategy `default`).
+        The output of layer L + 1 + select_layer without the final norm (HF vision_feature_layer); the class token goes
+        first where select_feature keeps it (HF's strategy `full`), and is dropped otherwise (`default`).
         """
         config, dtype = self.config, self.dtype
         mean, std = (np.asarray(values, np.float32) * 255 for values in (config.image_mean, config.image_std))
         pixels = ((images.astype(jnp.float32) - mean) / std).astype(dtype)
         patches = self._patches(pixels)
         x = jnp.einsum("npi,id->npd", patches, self.patch[...].astype(dtype))
-        first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
-        x = jnp.concatenate([first, x], axis=1) + self.position[...].astype(dtype)
-        x = constrain(self.pre_norm(x), "batch", "length", "features")
+        if config.kind == "clip":
+            first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
+            x = self.pre_norm(jnp.concatenate([first, x], axis=1) + self._positions().astype(dtype))
+        else:
+            x = x + self.patch_bias[...].astype(dtype) + self._positions().astype(dtype)
+        x = constrain(x, "batch", "length", "features")
         x, _ = scan_layers(
             self.layers,
             x,
@@ -104,7 +113,17 @@ class Vision(nnx.Module):
             count=config.num_layers + 1 + config.select_layer,
             call=lambda layer, x, _: (layer(x), None),
         )
-        return x[:, 1:]
+        return x if config.select_feature == "cls_patch" else x[:, self.leading :]
+
+    def _positions(self) -> jax.Array:
+        """The position table [P (+1), D], interpolated where it was made for another image size."""
+        table, old = self.position[...], self.config.position_image_size
+        if old is None or old == self.config.image_size:
+            return table
+        resize = cubic_matrix(old // self.config.patch_size, patch_grid(self.config))  # [new, old]
+        grid = table[self.leading :].astype(jnp.float32).reshape(resize.shape[1], resize.shape[1], -1)
+        grid = jnp.einsum("yi,xj,ijd->yxd", resize, resize, grid).reshape(-1, grid.shape[-1])
+        return jnp.concatenate([table[: self.leading].astype(jnp.float32), grid])
 
     def _patches(self, pixels: jax.Array) -> jax.Array:
         """[N, S, S, 3] -> [N, P, p*p*3]: a patch's pixels row by row, channels last."""
@@ -112,3 +131,21 @@ class Vision(nnx.Module):
         p = self.config.patch_size
         grid = pixels.reshape(n, side // p, p, side // p, p, channels)
         return grid.transpose(0, 1, 3, 2, 4, 5).reshape(n, (side // p) ** 2, p * p * channels)
+
+
+def cubic_matrix(old: int, new: int) -> np.ndarray:
+    """The cubic interpolation of a line of `old` samples to `new`, as a matrix [new, old] f32.
+
+    torch.nn.functional.interpolate(mode="bicubic", align_corners=False): Keys' kernel with a = -0.75, samples beyond
+    the ends repeat the last one.
+    """
+    a = -0.75
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    matrix = np.zeros((new, old))
+    for offset in range(-1, 3):
+        sample = np.floor(centre).astype(int) + offset
+        t = np.abs(centre - sample)
+        near = ((a + 2) * t - (a + 3)) * t * t + 1
+        far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+        np.add.at(matrix, (np.arange(new), np.clip(sample, 0, old - 1)), np.where(t <= 1, near, far))
+    return matrix.astype(np.float32)

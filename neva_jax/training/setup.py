@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from neva_jax.config import COMPONENTS, Config, frozen_components, trained_components
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
+from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings
 from neva_jax.precision.policy import frozen_dtype
@@ -47,7 +48,8 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
     Raises:
       UserError: a dimension that the mesh does not divide.
     """
-    graphdef, state = abstract_model(config.model, config.precision, config.train.remat, config.train.unroll)
+    remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
+    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll)
     layout = shardings(mesh, state)
     trained = trained_components(config.model)
 

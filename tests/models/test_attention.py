@@ -75,6 +75,38 @@ def test_cache_slots_up_to_the_own_position(positions):
     _close(attend(q, k, v, positions=positions), expected)
 
 
+@pytest.mark.parametrize("window", [1, 3, 7, 20])
+def test_sliding_window(window):
+    q, k, v = _qkv(groups=2)
+    expected = _by_loops(q, k, v, lambda b, i, j: i - window < j <= i)
+    _close(attend(q, k, v, window=window), expected)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_sliding_window_inside_segments(window):
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 2, 2, 0]], np.int32)
+    q, k, v = _qkv(groups=2)
+    expected = _by_loops(q, k, v, lambda b, i, j: i - window < j <= i and segments[b, i] == segments[b, j])
+    _close(attend(q, k, v, segment_ids=segments, window=window), expected)
+
+
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_sliding_window_over_a_cache(window):
+    q, k, v = _qkv(queries=3, keys=9, groups=2)
+    positions = np.array([[4, 5, 6], [0, 1, 8]], np.int32)
+    expected = _by_loops(q, k, v, lambda b, i, j: positions[b, i] - window < j <= positions[b, i])
+    _close(attend(q, k, v, positions=positions, window=window), expected)
+
+
+def test_cudnn_gets_the_same_window(monkeypatch):
+    """cuDNN's arguments, run by XLA."""
+    kernel = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: kernel(*a, **{**k, "implementation": "xla"}))
+    q, k, v = _qkv(groups=2)
+    for window in (None, 1, 3, 20):
+        _close(attend(q, k, v, window=window, backend="cudnn"), attend(q, k, v, window=window))
+
+
 def test_unwritten_cache_slots_are_not_read():
     q, k, v = _qkv(queries=1, keys=9)
     positions = np.array([[3], [5]], np.int32)

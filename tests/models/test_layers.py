@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from neva_jax.config import ProjectorConfig
-from neva_jax.models.layers import LayerNorm, RMSNorm, param, scan_layers
-from neva_jax.models.projector import Projector
+from neva_jax.models.layers import NO_REMAT, LayerNorm, Remat, RMSNorm, param, scan_layers
+from neva_jax.models.projector import Projector, join_neighbours
 from neva_jax.models.vision import ACTIVATIONS
 
 _erf = np.vectorize(math.erf)
@@ -74,17 +74,65 @@ def test_activations(name, formula):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), formula(x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
-def test_projector(kind):
-    projector = Projector(nnx.Rngs(3), ProjectorConfig(kind=kind), 6, 10, jnp.float32)
-    weights = {name: np.asarray(value, np.float64) for name, value in nnx.to_pure_dict(nnx.state(projector)).items()}
+def _projector(kind, in_dim=6, out_dim=10):
+    projector = Projector(nnx.Rngs(3), ProjectorConfig(kind=kind), in_dim, out_dim, jnp.float32)
+    state = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(projector)))
+    return projector, {".".join(name): np.asarray(value, np.float64) for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
+def test_projector(kind, layers):
+    projector, weights = _projector(kind)
+    assert weights.keys() == {f"{name}_{i + 1}" for i in range(layers) for name in ("kernel", "bias")}
     x = 3 * _normal(2, 4, 6)
     expected = x @ weights["kernel_1"] + weights["bias_1"]
-    if kind == "mlp2x_gelu":
-        expected = _gelu(expected) @ weights["kernel_2"] + weights["bias_2"]
-    else:
-        assert weights.keys() == {"kernel_1", "bias_1"}
+    for i in range(2, layers + 1):
+        expected = _gelu(expected) @ weights[f"kernel_{i}"] + weights[f"bias_{i}"]
     np.testing.assert_allclose(projector(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_identity_projector():
+    projector, weights = _projector("identity", 6, 6)
+    x = _normal(2, 4, 6)
+    assert not weights
+    np.testing.assert_array_equal(projector(jnp.asarray(x)), x)
+
+
+def _neighbours(x):
+    """[N, n*n, E] -> [N, m*m, 4E]: top left, top right, bottom left, bottom right; zeros beyond the ends."""
+    side = math.isqrt(x.shape[1])
+    tokens = []
+    for top in range(0, side, 2):
+        for left in range(0, side, 2):
+            parts = []
+            for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+                inside = row < side and column < side
+                parts.append(x[:, row * side + column] if inside else np.zeros_like(x[:, 0]))
+            tokens.append(np.concatenate(parts, axis=-1))
+    return np.stack(tokens, axis=1)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+def test_joining_neighbours(side):
+    x = _normal(2, side * side, 3)
+    np.testing.assert_array_equal(join_neighbours(jnp.asarray(x)), _neighbours(x))
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_downsampling_projector(side):
+    """2 x 2 neighbours, LayerNorm (epsilon 1e-5), Linear, GELU, Linear."""
+    projector, weights = _projector("mlp_downsample", 3, 10)
+    for name, shape in (("scale", 1 + _normal(12)), ("bias", _normal(12, seed=6))):
+        getattr(projector.norm, name)[...] = jnp.asarray(shape)
+        weights[f"norm.{name}"] = shape
+    assert weights.keys() == {"norm.scale", "norm.bias", "kernel_1", "bias_1", "kernel_2", "bias_2"}
+    assert weights["kernel_1"].shape == (12, 10)
+    x = 1e-2 * _normal(2, side * side, 3)  # small, so that epsilon matters
+    y = _neighbours(x.astype(np.float64))
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    y = (y * weights["norm.scale"] + weights["norm.bias"]) @ weights["kernel_1"] + weights["bias_1"]
+    expected = _gelu(y) @ weights["kernel_2"] + weights["bias_2"]
+    np.testing.assert_allclose(projector(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_projector_starts_like_a_torch_linear():
@@ -108,12 +156,21 @@ class _Affine(nnx.Module):
         return y, jnp.sum(y)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("unroll", [1, 2, 5])
-@pytest.mark.parametrize("count", [None, 1, 3])
+REMATS = (
+    NO_REMAT,
+    Remat("dots"),
+    Remat("full"),
+    Remat("full", "uniform", 2),
+    Remat("full", "block", 2),
+    Remat("dots", "block", 9),
+)
+
+
+@pytest.mark.parametrize("remat", REMATS, ids=str)
+@pytest.mark.parametrize(("unroll", "count"), [(1, None), (6, None), (3, 4)])
 def test_scan_layers_is_a_loop(remat, unroll, count):
-    stack = _Affine(nnx.Rngs(1), layers=5)
-    scales, shifts, x = np.asarray(stack.scale[...]), _normal(5, 3), _normal(3, seed=8)
+    stack = _Affine(nnx.Rngs(1), layers=6)
+    scales, shifts, x = np.asarray(stack.scale[...]), _normal(6, 3), _normal(3, seed=8)
     y, sums = scan_layers(
         stack,
         jnp.asarray(x),
@@ -131,6 +188,47 @@ def test_scan_layers_is_a_loop(remat, unroll, count):
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-6)
 
 
+def _tanh_stack(remat):
+    """A function of scales [4, 64] and x [64]: the sum after four layers, each of two products and two tanh."""
+    graphdef, _ = nnx.split(_Affine(nnx.Rngs(1), layers=4))
+
+    def run(scales, x):
+        stack = nnx.merge(graphdef, {"scale": scales})
+        return jnp.sum(scan_layers(stack, x, remat=remat, call=layer)[0])
+
+    def layer(module, x, _):
+        return jnp.tanh(jnp.tanh(x * module.scale[...]) * module.scale[...]), None
+
+    return run
+
+
+@pytest.mark.parametrize("remat", REMATS[1:], ids=str)
+def test_gradients_do_not_depend_on_remat(remat):
+    scales, x = _normal(4, 64), _normal(64, seed=8)
+    plain = jax.grad(_tanh_stack(NO_REMAT), argnums=(0, 1))(scales, x)
+    for ours, expected in zip(jax.grad(_tanh_stack(remat), argnums=(0, 1))(scales, x), plain, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def _kept(remat):
+    """Arrays of the size of x that the backward pass needs besides the parameters."""
+    scales, x = jnp.ones((4, 64)), jnp.ones(64)
+    backward = jax.eval_shape(lambda s, x: jax.vjp(_tanh_stack(remat), s, x)[1], scales, x)
+    return sum(leaf.size for leaf in jax.tree.leaves(backward)) // 64 - 4
+
+
+def test_groups_keep_one_input_each():
+    assert [_kept(Remat("full", "uniform", n)) for n in (1, 2, 4)] == [4, 2, 1]
+
+
+def test_a_block_recomputes_its_first_layers_only():
+    kept = [_kept(Remat("full", "block", n)) for n in (1, 2, 3, 4)]
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(np.diff(kept))) == 1
+    assert kept[0] < _kept(NO_REMAT)
+    assert kept[-1] == _kept(Remat("full")) == 4
+
+
 def test_unroll_and_remat_reach_the_scan():
     def program(**settings):
         return str(
@@ -143,7 +241,7 @@ def test_unroll_and_remat_reach_the_scan():
 
     assert "unroll=2" in program(unroll=2)
     assert "unroll=1" in program()
-    assert "remat" in program(remat="dots")
+    assert "remat" in program(remat=Remat("dots"))
     assert "remat" not in program()
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from neva_jax.config import LlmConfig
+from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.llama import Llama, empty_cache, rotary_angles, rotate
 from tests.models.helpers import (
-    Golden,
     assert_gradients_close,
     graph,
     llm_config,
@@ -20,15 +21,19 @@ from tests.models.helpers import (
     next_token_loss,
 )
 
-NAMES = ("untied", "tied")
+NAMES = (
+    "llama_untied",
+    "llama_tied",
+    "llama_rope_llama3",
+    "llama_rope_linear",
+    "llama_rope_dynamic",
+    "llama_biases",
+    "mistral",
+    "qwen2",
+)
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def golden(request) -> Golden:
-    return load_golden(f"llama_{request.param}")
-
-
-def _graph(config, remat="none", unroll=1):
+def _graph(config, remat=NO_REMAT, unroll=1):
     return graph(lambda: Llama(nnx.Rngs(0), config, jnp.float32, "xla", remat, unroll))
 
 
@@ -60,15 +65,10 @@ def _loss_and_gradients(golden, graphdef, params):
 
 @cache
 def _ours(name):
-    golden = load_golden(f"llama_{name}")
+    """(loss, logits, gradients) of our model on the golden inputs."""
+    golden = load_golden(name)
     config = llm_config(golden.config)
     return _loss_and_gradients(golden, _graph(config), llm_tree(golden.weight, config))
-
-
-@pytest.fixture
-def ours(golden):
-    """(loss, logits, gradients) of our model on the golden inputs."""
-    return _ours("tied" if golden.config["tie_word_embeddings"] else "untied")
 
 
 def _real(golden):
@@ -76,52 +76,70 @@ def _real(golden):
     return golden.input.get("mask", np.ones_like(golden.input["tokens"])) == 1
 
 
-def test_logits(golden, ours):
-    loss, logits, _ = ours
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name):
+    golden = load_golden(name)
+    loss, logits, _ = _ours(name)
     real = _real(golden)
     assert np.std(golden.output["logits"]) > 1  # 1e-4 is little
     np.testing.assert_allclose(logits[real], golden.output["logits"][real], rtol=0, atol=1e-4)
     np.testing.assert_allclose(loss, golden.output["loss"], rtol=1e-5)
 
 
-def test_gradients(golden, ours):
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
     """Every parameter of every layer within 1e-4 of its norm; none is 0."""
+    golden = load_golden(name)
     expected = llm_tree(golden.grad, llm_config(golden.config))
     assert all(np.linalg.norm(leaf) > 0.01 for leaf in jax.tree.leaves(expected))
-    assert_gradients_close(ours[2], expected, rtol=1e-4)
+    assert_gradients_close(_ours(name)[2], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("dots", 1), ("full", 1), ("none", 2), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [
+        (Remat("dots"), 2),
+        (Remat("full", "uniform", 3), 1),
+        (Remat("full", "block", 2), 2),
+    ],
+    ids=str,
+)
 def test_remat_and_unroll_change_nothing(remat, unroll):
-    """Within 1e-5 for each parameter: only the order of sums may differ. 3 layers: unroll 2 leaves a remainder."""
+    """Within 1e-5 for each parameter: only the order of sums may differ. 3 layers: 2 leaves a remainder."""
     golden = load_golden("llama_untied")
     config = llm_config(golden.config)
-    _, plain_logits, plain_grads = _ours("untied")
+    _, plain_logits, plain_grads = _ours("llama_untied")
     _, logits, grads = _loss_and_gradients(golden, _graph(config, remat, unroll), llm_tree(golden.weight, config))
     np.testing.assert_allclose(logits, plain_logits, rtol=0, atol=1e-5)
     assert_gradients_close(grads, jax.tree.map(np.asarray, plain_grads), rtol=1e-5)
 
 
 def test_rematerialisation_keeps_less():
-    """What the backward pass needs of a layer: everything, the matrix products, or the layer's input alone."""
+    """What the backward pass needs: everything, the matrix products, each layer's input, or fewer layers' inputs."""
     golden = load_golden("llama_untied")
     config = llm_config(golden.config)
     params = llm_tree(golden.weight, config)
-    sizes = {}
-    for remat in ("none", "dots", "full"):
-        graphdef = _graph(config, remat)
 
-        def forward(params, graphdef=graphdef):
+    def kept(*settings):
+        graphdef = _graph(config, Remat(*settings))
+
+        def forward(params):
             return jnp.sum(_logits(graphdef, params, golden.input["tokens"], _positions(golden), None))
 
-        backward = jax.eval_shape(lambda params, forward=forward: jax.vjp(forward, params)[1], params)
-        sizes[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
-    assert sizes["full"] < sizes["dots"] < sizes["none"]
+        backward = jax.eval_shape(lambda params: jax.vjp(forward, params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    full = kept("full")
+    assert kept("full", "uniform", 3) == full - 2 * 2 * 17 * 48  # two boundaries [B, T, D] fewer
+    assert full < kept("dots") < kept("none")
+    assert full == kept("full", "block", 3) < kept("full", "block", 2) < kept("full", "block", 1) < kept("none")
 
 
+@pytest.mark.parametrize("name", ["llama_untied", "llama_tied"])
 @pytest.mark.parametrize("multiple", [43, 64])
-def test_padding_the_vocabulary(golden, ours, multiple):
+def test_padding_the_vocabulary(name, multiple):
     """Real logits stay (rounding aside); a padded id never wins, whatever stands in its rows."""
+    golden = load_golden(name)
     config = dataclasses.replace(llm_config(golden.config), vocab_multiple=multiple)
     params = llm_tree(golden.weight, config)
     extra = -(-43 // multiple) * multiple - 43
@@ -132,7 +150,7 @@ def test_padding_the_vocabulary(golden, ours, multiple):
         _graph(config), params, golden.input["tokens"], _positions(golden), golden.input.get("segment_ids")
     )
     assert logits.shape[-1] == 43 + extra
-    np.testing.assert_allclose(logits[..., :43], ours[1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits[..., :43], _ours(name)[1], rtol=0, atol=1e-5)
     assert np.all(np.argmax(logits, -1) < 43)
     assert np.all(np.isfinite(logits))
     assert np.all(jax.nn.softmax(logits)[..., 43:] == 0)
@@ -149,9 +167,47 @@ def test_packed_rows_need_their_segments():
     assert np.abs(logits - golden.output["logits"])[~first].max() > 0.1
 
 
-def test_a_cache_gives_the_same_logits():
-    """Rows prefilled with 9 and 6 tokens, then token by token, each row at its own slot."""
-    golden = load_golden("llama_untied")
+def test_packed_rows_with_a_sliding_window():
+    """Both rows of the Mistral file, without their padding, as two segments of one row: the same logits."""
+    golden = load_golden("mistral")
+    config = llm_config(golden.config)
+    lengths = golden.input["mask"].sum(axis=1)
+    assert min(lengths) > 2 * config.sliding_window
+    tokens, expected = (
+        np.concatenate([values[row, :length] for row, length in enumerate(lengths)])
+        for values in (golden.input["tokens"], golden.output["logits"])
+    )
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    segments = np.repeat([1, 2], lengths)
+    params = llm_tree(golden.weight, config)
+    logits = _logits(_graph(config), params, tokens[None], positions[None], segments[None])
+    np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-4)
+
+
+def test_the_window_matters():
+    golden = load_golden("mistral")
+    config = dataclasses.replace(llm_config(golden.config), sliding_window=None)
+    params, real = llm_tree(golden.weight, config), _real(golden)
+    logits = _logits(_graph(config), params, golden.input["tokens"], _positions(golden), None)
+    error = np.abs(logits - golden.output["logits"])
+    assert error[:, :5].max() < 1e-4
+    assert np.all(error[:, 5:].max(axis=-1)[real[:, 5:]] > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("llama_untied", [9, 6]),
+        ("llama_rope_llama3", [9, 6]),
+        ("qwen2", [9, 6]),
+        ("mistral", [9, 6]),
+        ("mistral", [1, 1]),
+    ],
+    ids=str,
+)
+def test_a_cache_gives_the_same_logits(name, start):
+    """Rows prefilled with some tokens (more than the window), then token by token, each row at its own slot."""
+    golden = load_golden(name)
     config = llm_config(golden.config)
     tokens, expected = golden.input["tokens"], golden.output["logits"]
     params = llm_tree(golden.weight, config)
@@ -163,47 +219,132 @@ def test_a_cache_gives_the_same_logits():
         hidden, cache = model(model.embed(tokens), positions, cache=cache)
         return model.logits(hidden), cache
 
-    lengths = np.array([9, 6])
-    prompt = np.where(np.arange(9) < lengths[:, None], tokens[:, :9], 7)  # 7: junk that a later token overwrites
+    lengths, longest = np.array(start), max(start)
+    # 7: junk that a later token overwrites
+    prompt = np.where(np.arange(longest) < lengths[:, None], tokens[:, :longest], 7)
     cache = empty_cache(config, 2, 20, jnp.float32)
-    assert cache.k.shape == (3, 2, 20, 2, 12)
-    logits, cache = run(cache, prompt, np.broadcast_to(np.arange(9), (2, 9)))
+    assert cache.k.shape == (config.num_layers, 2, 20, 2, config.head_dim or 12)
+    logits, cache = run(cache, prompt, np.broadcast_to(np.arange(longest), (2, longest)))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], rtol=0, atol=1e-4)
-    for step in range(7):
+    for step in range(13 - min(start)):  # row 1 has 13 tokens
         at = lengths + step
         logits, cache = run(cache, tokens[np.arange(2), at][:, None], at[:, None])
         np.testing.assert_allclose(logits[:, 0], expected[np.arange(2), at], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scaled_output_projections_start_smaller(scaled):
+    """Standard deviation of o and down: init_std / sqrt(2 L) = 0.05, or init_std as all others; biases 0."""
+    config = LlmConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=8,
+        num_heads=4,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        init_std=0.2,
+        scaled_output_init=scaled,
+    )
+    params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(3), config, jnp.float32, "xla", NO_REMAT, 1)))
+    for name, leaf in nnx.traversals.flatten_mapping(params).items():
+        if name[-1].endswith("_bias"):
+            assert np.all(leaf == 0)
+        elif name[-1] != "scale":
+            std = 0.05 if scaled and name[-1] in ("o", "down") else 0.2
+            np.testing.assert_allclose(np.std(leaf), std, rtol=0.1, err_msg=str(name))
+
+
 # --- rotary embedding ------------------------------------------------------------------------------------------------
 
 
+def _llm(**settings):
+    return LlmConfig(**{"vocab_size": 9, "hidden_size": 24, "num_heads": 2, "head_dim": 12, **settings})
+
+
 @pytest.mark.parametrize(("base", "farthest", "atol"), [(10000.0, 60, 1e-5), (150.0, 60, 1e-5), (10000.0, 4096, 2e-3)])
-def test_rotary_embedding_is_a_complex_rotation(base, farthest, atol):
-    """(x[i], x[i + K/2]) as one complex number times exp(i * position * base^(-2i/K)).
+@pytest.mark.parametrize(("fraction", "rotated"), [(1.0, 12), (0.5, 6), (0.25, 2)])
+def test_rotary_embedding_is_a_complex_rotation(base, farthest, atol, fraction, rotated):
+    """(x[i], x[i + R/2]) as one complex number times exp(i * position * base^(-2i/R)); channels from R on stay.
 
     The angle at position p is rounded to fp32: an error of about p * 2^-23 radians.
     """
     draw = np.random.default_rng(4)
-    width = 12
+    width = 12 if fraction != 0.25 else 8
+    half = rotated // 2
     x = draw.standard_normal((2, 5, 3, width)).astype(np.float32)
     positions = draw.integers(0, farthest, (2, 5))
     positions[0, 0] = 0
-    turned = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * np.exp(
-        1j * positions[:, :, None, None] * base ** (-2 * np.arange(width // 2) / width)
+    turned = (x[..., :half] + 1j * x[..., half:rotated]) * np.exp(
+        1j * positions[:, :, None, None] * base ** (-2 * np.arange(half) / rotated)
     )
-    out = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), width, base))
-    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=atol)
+    config = _llm(head_dim=width, rope_base=base, rope_fraction=fraction)
+    out = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), config))
+    expected = np.concatenate([turned.real, turned.imag, x[..., rotated:]], -1)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(out[0, 0], x[0, 0])  # position 0 stays
 
 
 def test_rotary_embedding_in_bf16_rounds_once():
     """Angles and products are fp32: bf16 angles would be off by whole radians at position 1000."""
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 4, 2, 8)), jnp.bfloat16)
-    angles = rotary_angles(jnp.array([[0, 1, 999, 1000]]), 8, 10000.0)
+    angles = rotary_angles(jnp.array([[0, 1, 999, 1000]]), _llm(head_dim=8))
     assert [a.dtype for a in angles] == [jnp.float32] * 2
     out = rotate(x, *angles)
     assert out.dtype == jnp.bfloat16
     exact = rotate(x.astype(jnp.float32), *angles)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8)
+
+
+def _frequency(config, rotated, i, length):
+    """Frequency i of a row of `length` tokens, by the definitions of the papers."""
+    base, factor, original = config.rope_base, config.rope_factor, config.rope_original_length
+    if config.rope_scaling == "dynamic" and length > original:
+        base *= (factor * length / original - factor + 1) ** (rotated / (rotated - 2))
+    frequency = base ** (-2 * i / rotated)
+    if config.rope_scaling == "linear":
+        return frequency / factor
+    if config.rope_scaling == "llama3":
+        wave, low, high = 2 * np.pi / frequency, config.rope_low_freq_factor, config.rope_high_freq_factor
+        if wave > original / low:
+            return frequency / factor
+        if wave > original / high:
+            smooth = (original / wave - low) / (high - low)
+            return (1 - smooth) * frequency / factor + smooth * frequency
+    return frequency
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic", "llama3"])
+@pytest.mark.parametrize(("fraction", "rotated"), [(1.0, 16), (0.5, 8)])
+def test_stretched_angles_against_their_definitions(scaling, fraction, rotated):
+    config = _llm(
+        head_dim=16,
+        rope_base=500.0,
+        rope_fraction=fraction,
+        rope_scaling=scaling,
+        rope_factor=3.0,
+        rope_original_length=20,
+        rope_low_freq_factor=0.5,
+        rope_high_freq_factor=2.5,
+    )
+    positions = np.stack([np.arange(60), np.arange(60) % 15])
+    cos, sin = rotary_angles(jnp.asarray(positions), config)
+    for row, length in ((0, 60), (1, 15)):
+        angles = np.stack([positions[row] * _frequency(config, rotated, i, length) for i in range(rotated // 2)], -1)
+        np.testing.assert_allclose(cos[row], np.cos(angles), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(sin[row], np.sin(angles), rtol=0, atol=2e-5)
+
+
+def test_dynamic_rope_does_not_see_other_rows():
+    """A row within the original length has the plain angles, whatever stands beside it."""
+    config = _llm(rope_scaling="dynamic", rope_factor=4.0, rope_original_length=8)
+    positions = jnp.stack([jnp.arange(20) % 8, jnp.arange(20), jnp.arange(20) % 12])
+    together = rotary_angles(positions, config)
+    for row in range(3):
+        for ours, alone in zip(together, rotary_angles(positions[row : row + 1], config), strict=True):
+            np.testing.assert_array_equal(ours[row], alone[0])
+    for ours, plain in zip(together, rotary_angles(positions, _llm()), strict=True):
+        np.testing.assert_allclose(ours[0], plain[0], rtol=0, atol=1e-6)
+        assert np.abs(ours[1:] - plain[1:]).max(axis=(1, 2)).min() > 0.1

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from neva_jax.config import PrecisionConfig, frozen_components, trained_components
+from neva_jax.config import PrecisionConfig, frozen_components, image_tokens, trained_components
+from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.neva import Neva, abstract_model, random_parameters
 from neva_jax.parallel.mesh import LOGICAL_AXES, spec
 from neva_jax.precision.policy import compute_dtype, frozen_dtype
@@ -29,39 +30,55 @@ from tests.models.helpers import (
 PATCHES = 16  # of an image in the golden file
 
 
+NAMES = ("llava", "llava_siglip_qwen2", "llava_next")
+
+
 @cache
-def _golden():
-    golden = load_golden("llava")
+def _golden(name="llava"):
+    golden = load_golden(name)
     return golden, neva_config(golden.config)
 
 
 @cache
-def _run(compute="fp32", remat="none", unroll=1):
-    return run_neva(_golden()[0], compute, remat, unroll)
+def _run(name="llava", compute="fp32", remat=NO_REMAT, unroll=1):
+    return run_neva(_golden(name)[0], compute, remat, unroll)
 
 
 # --- against Hugging Face --------------------------------------------------------------------------------------------
 
 
-def test_logits():
-    golden, _ = _golden()
-    loss, logits, _ = _run()
-    real = golden.input["mask"] == 1
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name):
+    golden, _ = _golden(name)
+    loss, logits, _ = _run(name)
+    real = golden.input.get("mask", np.ones_like(golden.input["tokens"])) == 1
     assert np.std(golden.output["logits"]) > 1
     np.testing.assert_allclose(logits[real], golden.output["logits"][real], rtol=0, atol=1e-4)
     np.testing.assert_allclose(loss, golden.output["loss"], rtol=1e-5)
 
 
-def test_gradients():
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
     """Of vision encoder, projector and language model: every parameter of every layer within 1e-4 of its norm."""
-    golden, config = _golden()
-    assert_gradients_close(_run()[2], neva_tree(golden.grad, config), rtol=1e-4)
+    golden, config = _golden(name)
+    assert_gradients_close(_run(name)[2], neva_tree(golden.grad, config), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("dots", 2), ("full", 1)])
-def test_remat_and_unroll_change_nothing(remat, unroll):
+def test_anyres_slots_are_not_trivial():
+    """Of the golden file: padding was cut off both ways, and rows of tiles interleave the patches of two tiles."""
+    golden, _ = _golden("llava_next")
+    slots = neva_batch(golden)["image_slots"]
+    wide = slots[0][slots[0] != -1][16:]
+    widths = np.diff(np.flatnonzero(np.concatenate([[-2], wide]) == -2)) - 1
+    assert widths.tolist() == [8, 8]  # of 4 rows; 8 patches from 2 tiles
+    assert wide[:9].tolist() == [20, 21, 22, 23, 36, 37, 38, 39, -2]
+    assert np.sum(slots[0] == -2) == 2
+    assert np.sum(slots[1] == -2) == 8 + 8
+
+
+def test_remat_and_unroll_change_nothing():
     _, plain_logits, plain_grads = _run()
-    _, logits, grads = _run(remat=remat, unroll=unroll)
+    _, logits, grads = _run(remat=Remat("full", "uniform", 2), unroll=2)
     np.testing.assert_allclose(logits, plain_logits, rtol=0, atol=1e-5)
     assert_gradients_close(grads, jax.tree.map(np.asarray, plain_grads), rtol=1e-5)
 
@@ -118,8 +135,12 @@ def test_two_rows_packed_into_one():
 @cache
 def _tiny():
     config = tiny_config()
-    params = jax.jit(partial(random_parameters, config, FP32))(jax.random.key(1))
-    return config, neva_graph(config), jax.tree.map(np.asarray, params)
+    return config, neva_graph(config), jax.tree.map(np.asarray, _random_tiny()(jax.random.key(1)))
+
+
+@cache
+def _random_tiny():
+    return jax.jit(partial(random_parameters, tiny_config(), FP32))
 
 
 @cache
@@ -161,6 +182,50 @@ def test_splice_against_a_loop():
                 image, patch = divmod(slots[row, i], 4)
                 expected[row, i] = features[row, image, patch]
     np.testing.assert_allclose(_embed()(params, tokens, images, slots), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_newlines_against_a_loop():
+    """Slot -2 is the projector's newline; its gradient is the sum over the places where it stands."""
+    config, _, params = _tiny()
+    config = dataclasses.replace(config, projector=dataclasses.replace(config.projector, newline=True))
+    newline = np.linspace(-1, 1, 32).astype(np.float32)
+    params = {**params, "projector": {**params["projector"], "newline": newline}}
+    tokens, images, slots = _mixed_batch()
+    slots[0, 1:7] = [4, 5, -2, 6, 7, -2]
+    slots[1, 13] = -2
+    embed = jax.jit(lambda params: nnx.merge(neva_graph(config), params).embed(tokens, images, slots))
+    expected = np.array(_embed()(_tiny()[2], tokens, images, slots))
+    for row, i in ((0, 3), (0, 6), (1, 13)):
+        expected[row, i] = newline
+    np.testing.assert_allclose(embed(params), expected, rtol=0, atol=1e-6)
+    cotangent = np.random.default_rng(2).standard_normal(expected.shape).astype(np.float32)
+    grads = jax.grad(lambda params: jnp.sum(embed(params) * cotangent))(params)
+    np.testing.assert_allclose(
+        grads["projector"]["newline"], cotangent[0, 3] + cotangent[0, 6] + cotangent[1, 13], rtol=1e-5
+    )
+    # The token at a newline is not read.
+    assert np.all(grads["llm"]["embedding"][np.setdiff1d(np.arange(40), tokens[slots == -1])] == 0)
+
+
+@pytest.mark.parametrize("kind", ["identity", "linear", "mlp3x_gelu", "mlp_downsample"])
+@pytest.mark.parametrize(("vision", "size"), [("clip", 8), ("clip", 12), ("siglip", 12)])
+def test_the_stated_number_of_image_tokens_is_the_models(kind, vision, size):
+    config = tiny_config(kind=kind)
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, kind=vision, image_size=size))
+    if kind == "identity":
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, hidden_size=32))
+    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, FP32))
+    images = jax.ShapeDtypeStruct((2, 3, size, size, 3), jnp.uint8)
+    assert nnx.eval_shape(Neva.image_features, model, images).shape == (2, 3 * image_tokens(config), 32)
+
+
+def test_the_class_token_counts_where_it_is_kept():
+    config = tiny_config()
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, select_feature="cls_patch"))
+    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, FP32))
+    images = jax.ShapeDtypeStruct((2, 3, 8, 8, 3), jnp.uint8)
+    assert image_tokens(config) == 5
+    assert nnx.eval_shape(Neva.image_features, model, images).shape == (2, 15, 32)
 
 
 def test_features_come_in_the_order_of_rows_and_images():
@@ -282,9 +347,8 @@ def test_random_parameters_match_the_abstract_model():
 
 
 def test_random_parameters_follow_the_key_alone():
-    config, _, params = _tiny()
-    make = jax.jit(partial(random_parameters, config, FP32))
-    again, other = make(jax.random.key(1)), make(jax.random.key(2))
+    _, _, params = _tiny()
+    again, other = _random_tiny()(jax.random.key(1)), _random_tiny()(jax.random.key(2))
     for path, leaf in nnx.traversals.flatten_mapping(params).items():
         same, changed = (nnx.traversals.flatten_mapping(tree)[path] for tree in (again, other))
         np.testing.assert_array_equal(same, leaf)
@@ -323,6 +387,7 @@ def test_random_parameters_have_the_stated_spread():
 def test_a_frozen_encoder_is_not_rematerialised():
     config = tiny_config()
     frozen = dataclasses.replace(config, vision=dataclasses.replace(config.vision, freeze=True))
-    for model_config, expected in ((config, "full"), (frozen, "none")):
-        model = nnx.eval_shape(lambda c=model_config: Neva(nnx.Rngs(0), c, FP32, remat="full"))
-        assert (model.vision.remat, model.llm.remat) == (expected, "full")
+    full = Remat("full")
+    for model_config, expected in ((config, full), (frozen, NO_REMAT)):
+        model = nnx.eval_shape(lambda c=model_config: Neva(nnx.Rngs(0), c, FP32, remat=full))
+        assert (model.vision.remat, model.llm.remat) == (expected, full)

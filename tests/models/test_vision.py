@@ -1,4 +1,4 @@
-"""The vision encoder against Hugging Face's CLIP (tests/golden/clip.npz)."""
+"""The vision encoder against Hugging Face's CLIP and SigLIP (tests/golden)."""
 
 from types import SimpleNamespace
 
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from neva_jax.models.vision import Vision
+from neva_jax.models.layers import NO_REMAT, Remat
+from neva_jax.models.vision import Vision, cubic_matrix
 from tests.models.helpers import assert_gradients_close, graph, load_golden, vision_config, vision_tree
 
+NAMES = ("clip", "clip_full", "clip_interpolated", "siglip", "siglip_last")
 
-def _graph(config, remat="none"):
+
+def _graph(config, remat=NO_REMAT):
     return graph(lambda: Vision(nnx.Rngs(0), config, jnp.float32, remat))
 
 
@@ -37,17 +40,40 @@ def _gradients(golden, config, remat):
     return jax.jit(jax.grad(weighted))(vision_tree(golden.weight, config))
 
 
-def test_features(golden, config):
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("clip", (2, 16, 48)),
+        ("clip_full", (2, 17, 24)),
+        ("clip_interpolated", (2, 36, 24)),
+        ("siglip", (2, 16, 24)),
+        ("siglip_last", (2, 16, 24)),
+    ],
+)
+def test_features(name, shape):
     """Within 1e-5 of the largest; the layer above the selected one and the final norm are NaN and never run."""
+    golden = load_golden(name)
+    config = vision_config(golden.config)
     features = _features(_graph(config), vision_tree(golden.weight, config, unused=np.nan), golden.input["images"])
     expected = golden.output["hidden"]
-    assert features.shape == expected.shape == (2, 16, 48)
+    assert features.shape == expected.shape == shape
     np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_gradients(golden, config, remat):
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        *((name, NO_REMAT) for name in NAMES),
+        ("clip", Remat("dots")),
+        ("clip", Remat("full", "uniform", 3)),  # of the 3 layers that run
+        ("siglip_last", Remat("full", "block", 1)),
+    ],
+    ids=str,
+)
+def test_gradients(name, remat):
     """Every parameter of every layer within 1e-4 of its norm; what does not run has gradients of exactly 0."""
+    golden = load_golden(name)
+    config = vision_config(golden.config)
     expected = vision_tree(golden.grad, config)
     assert_gradients_close(_gradients(golden, config, remat), expected, rtol=1e-4)
 
@@ -98,3 +124,32 @@ def test_own_mean_and_std(golden, config):
     expected = _features(_graph(halved), params, images)
     np.testing.assert_allclose(_features(_graph(doubled), params, 2 * images), expected, rtol=1e-4, atol=1e-4)
     assert np.abs(_features(_graph(config), params, images) - expected).max() > 0.1
+
+
+# --- interpolation of the position table -----------------------------------------------------------------------------
+
+SIZES = [(1, 1), (1, 4), (2, 3), (4, 6), (7, 7), (6, 4), (5, 1), (16, 24), (24, 27)]
+
+
+@pytest.mark.parametrize(("old", "new"), SIZES)
+def test_cubic_interpolation(old, new):
+    """A constant stays, a mirrored line gives the mirrored result, and each sample sees its four neighbours at most."""
+    matrix = cubic_matrix(old, new)
+    assert matrix.shape == (new, old)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(matrix[::-1, ::-1], matrix, rtol=0, atol=1e-6)
+    assert np.count_nonzero(matrix, axis=1).max() <= 4
+    if old == new:
+        np.testing.assert_array_equal(matrix, np.eye(old))
+
+
+def test_cubic_interpolation_halfway_between_samples():
+    """Keys' kernel with a = -0.75 at distances 1/2 and 3/2: 0.59375 and -0.09375."""
+    np.testing.assert_allclose(cubic_matrix(8, 4)[1], [0, -0.09375, 0.59375, 0.59375, -0.09375, 0, 0, 0], atol=1e-7)
+
+
+def test_a_table_of_the_same_size_is_left_alone(golden, config):
+    params = vision_tree(golden.weight, config)
+    same = vision_config(golden.config, position_image_size=16)
+    expected = _features(_graph(config), params, golden.input["images"])
+    np.testing.assert_array_equal(_features(_graph(same), params, golden.input["images"]), expected)
