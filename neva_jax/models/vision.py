@@ -78,13 +78,14 @@ class Vision(nnx.Module):
         self.leading = 1 if config.kind == "clip" else 0  # tokens before the patches
         if config.kind == "clip":
             self.class_token = param(rngs, (d,), ("norm",), normal(d**-0.5))
-            self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
         self.patch = param(rngs, (p * p * 3, d), ("patch", "embed"), normal(0.02))
         if config.kind == "siglip":
             self.patch_bias = param(rngs, (d,), ("norm",), jax.nn.initializers.zeros)
         self.position = param(
             rngs, (patches + self.leading, d), ("position", "embed"), normal(config.position_init_std)
         )
+        if config.kind == "clip":
+            self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
         self.layers = VisionBlock(rngs, config, config.num_layers)
         self.post_norm = LayerNorm(rngs, d, config.norm_eps)
         self.config, self.dtype, self.remat = config, dtype, remat

@@ -3,7 +3,8 @@
     RUN/checkpoints/STEP/
       state/    params (by component), optimizer, step: arrays, each process writes its shards
       data/     JSON: samples consumed, bad rows met
-      meta/     meta.json (format, step, configuration, components, base, tokenizer, versions) and tokenizer.model
+      meta/     meta.json (format, step, configuration, components, base, tokenizer, versions) and the tokenizer's
+                file as it was: tokenizer.model or tokenizer.json (meta.json then tells its bos_token and eos_token)
 
 `params` holds the trained components, and the frozen ones too unless they can be read from `base`, the checkpoint
 that the run started from. Reading parameters follows that chain.
@@ -76,13 +77,18 @@ class Meta:
             "components": list(self.components),
             "base": self.base,
             "template": self.config.data.template,
-            "tokenizer": {"file": "tokenizer.model", "sha256": self.tokenizer.sha256, "size": self.tokenizer.size},
+            "tokenizer": {
+                "file": self.tokenizer.file,
+                "sha256": self.tokenizer.sha256,
+                "size": self.tokenizer.size,
+                **self.tokenizer.settings,
+            },
             "versions": {name: _version(name) for name in VERSIONED},
             "config": to_dict(self.config),
         }
         return {
             "meta.json": json.dumps(described, indent=1).encode(),
-            "tokenizer.model": self.tokenizer.serialized,
+            self.tokenizer.file: self.tokenizer.serialized,
         }
 
 
@@ -134,13 +140,28 @@ def read_meta(step_dir: Path) -> Meta:
         described = json.loads(path.read_text())
         if described["format"] != FORMAT:
             raise UserError(f"{path}: is of format {described['format']}; this version reads {FORMAT}")
-        tokenizer = Tokenizer.from_file(step_dir / "meta" / "tokenizer.model")
-        if tokenizer.sha256 != described["tokenizer"]["sha256"]:
-            raise UserError(f"{step_dir}/meta/tokenizer.model: is not the file that the checkpoint was saved with")
+        tokenizer = _read_tokenizer(step_dir / "meta", described)
         config = config_from_dict(described["config"])
         return Meta(described["step"], config, tuple(described["components"]), described["base"], tokenizer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is broken ({error!r})") from None
+
+
+def _read_tokenizer(folder: Path, described: dict) -> Tokenizer:
+    """The tokenizer that lies in `folder`, with the bos and eos that meta.json (`described`) tells."""
+    kept = described.get("tokenizer", {})
+    path = folder / kept.get("file", "tokenizer.model")
+    if path.name not in ("tokenizer.model", "tokenizer.json") or path.parent != folder:
+        raise UserError(
+            f"{folder / 'meta.json'}: tokenizer.file={kept['file']} is neither tokenizer.model nor tokenizer.json"
+        )
+    try:
+        tokenizer = Tokenizer(path.read_bytes(), str(path), kept)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if tokenizer.sha256 != described["tokenizer"]["sha256"]:
+        raise UserError(f"{path}: is not the file that the checkpoint was saved with")
+    return tokenizer
 
 
 class Checkpoints:
@@ -246,7 +267,7 @@ def _check_shapes(wanted: dict, saved: dict, step_dir: Path) -> None:
             raise UserError(f"{step_dir}: {name} has shape {tuple(shapes[path])}, the configured model {leaf.shape}")
 
 
-MAY_DIFFER = ("freeze", "init_std", "position_init_std")
+MAY_DIFFER = ("freeze", "init_std", "scaled_output_init", "position_init_std")
 RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
 
 

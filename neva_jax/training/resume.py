@@ -28,6 +28,11 @@ def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | 
     meta = read_meta(run_dir / "checkpoints" / str(step))
     if meta.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"model.tokenizer={config.model.tokenizer} is not the file that {run_dir} was trained with")
+    if meta.tokenizer.settings != tokenizer.settings:
+        raise UserError(
+            f"tokenizer_config.json beside model.tokenizer={config.model.tokenizer} gives {_ends(tokenizer)}, but "
+            f"{run_dir} was trained with {_ends(meta.tokenizer)}"
+        )
     check_compatible(config, meta.config, COMPONENTS, run_dir)
     differing = changes(meta.config, config)
     for name in FIXED:
@@ -35,6 +40,10 @@ def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | 
             before, now = differing[name]
             raise UserError(f"{name}={now}, but {run_dir} was trained with {before}; use a new run.dir")
     return meta
+
+
+def _ends(tokenizer: Tokenizer) -> str:
+    return ", ".join(f"{name}={token}" for name, token in tokenizer.settings.items())
 
 
 def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:

@@ -199,20 +199,23 @@ def test_tokens_that_cannot_be_added(tokenizer, tokens, message):
 # --- files that are no tokenizer -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x89PNG\r\n\x1a\n\x00\x00", "Grüße\n".encode() * 50])
-def test_a_file_that_is_no_sentencepiece_model(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"{", b'{"model": 1}', b'{"model": {}', b"[]", b"\x89PNG\r\n\x1a\n\x00\x00", "Grüße\n".encode() * 50],
+)
+def test_a_file_that_is_no_tokenizer(tmp_path, content):
     path = tmp_path / "some.model"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         Tokenizer.from_file(path)
-    assert str(error.value) == f"{path}: is no SentencePiece model"
-    with pytest.raises(UserError, match=r"^x: is no SentencePiece model$"):
+    assert str(error.value) == f"{path}: is no SentencePiece model and no tokenizer.json"
+    with pytest.raises(UserError, match=r"^x: is no SentencePiece model and no tokenizer.json$"):
         add_tokens(content, NEW, False, "x")
 
 
 @pytest.mark.parametrize("kept", [10, 2000, -1])
 def test_a_truncated_model(tokenizer, kept):
-    with pytest.raises(UserError, match=r"^x: is no SentencePiece model$"):
+    with pytest.raises(UserError, match=r"^x: is no SentencePiece model and no tokenizer.json$"):
         Tokenizer(tokenizer.serialized[:kept], "x")
 
 
