@@ -1,55 +1,80 @@
-"""From an image file to uint8 pixels [S, S, 3], exactly as CLIP's preprocessing does it (normalisation comes later,
-on the device). Transparency is dropped, as LLaVA's loader does.
+"""Image files and folders of video frames: found inside their images folder, opened whatever they hold, or refused.
 
-    square   shorter side -> S (bicubic), then the centre S x S        HF CLIPImageProcessor
-    pad      centred on a square of the mean colour, then as above     LLaVA expand2square
+Transparency is dropped, as LLaVA's loader does. What becomes of the pixels is `tiles.py`'s.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from neva_jax.config import Config
 from neva_jax.data.rows import BadRow
+from neva_jax.data.tiles import MAX_PIXELS, Picture, picture
 
-MAX_PIXELS = 40_000_000
 
-
-def find_image(folder: str | Path | None, name: str) -> Path:
-    """The file `name` inside `folder`.
+def find_image(folder: str | Path | None, name: str, field: str = "image") -> Path:
+    """The file `name` inside `folder`; `field` stands in messages.
 
     Raises:
       BadRow: no folder is given, the file is missing or no regular file, or it lies outside the folder.
     """
+    path = _find(folder, name, field)
+    if not path.is_file():
+        raise BadRow(f"field {field}: {name} in {folder} is no regular file")
+    return path
+
+
+def find_frames(folder: str | Path | None, name: str) -> list[Path]:
+    """The frames of the video `name` inside `folder`: a folder's files, sorted by name; hidden ones do not count.
+
+    Raises:
+      BadRow: as `find_image`, or it is no folder, or one without files.
+    """
+    path = _find(folder, name, "video")
+    if not path.is_dir():
+        raise BadRow(f"field video: {name} in {folder} is no folder; a video is given as a folder of its frames")
+    frames = sorted(frame.name for frame in path.iterdir() if not frame.name.startswith("."))
+    if not frames:
+        raise BadRow(f"field video: {name} in {folder} holds no frames")
+    return [find_image(folder, f"{name}/{frame}", "video") for frame in frames]
+
+
+def _find(folder: str | Path | None, name: str, field: str) -> Path:
     if folder is None:
-        raise BadRow(f"field image names {name}, but its source has no images folder")
+        raise BadRow(f"field {field} names {name}, but its source has no images folder")
     root = Path(folder).resolve()
     try:
         path = (root / name).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):
-        raise BadRow(f"field image: {name} is not in {folder}") from None
+        raise BadRow(f"field {field}: {name} is not in {folder}") from None
     if not path.is_relative_to(root):
-        raise BadRow(f"field image: {name} leads out of {folder}")
-    if not path.is_file():
-        raise BadRow(f"field image: {name} in {folder} is no regular file")
+        raise BadRow(f"field {field}: {name} leads out of {folder}")
     return path
 
 
-def load_image(path: str | Path, size: int, mode: str, mean: Sequence[float]) -> np.ndarray:
-    """Reads an image file.
+def sample_frames(frames: list[Path], count: int, splice_single_frame: str) -> list[Path]:
+    """`count` frames, evenly from the first to the last; a shorter video repeats its last one.
 
-    Args:
-      size: S, the side in pixels.
-      mode: `square` or `pad`.
-      mean: mean of each channel in 0..1; the colour of the padding.
+    `splice_single_frame`: `first`, `middle` or `last` takes that one alone, `none` does not.
+    """
+    if splice_single_frame != "none":
+        return [frames[{"first": 0, "middle": len(frames) // 2, "last": -1}[splice_single_frame]]]
+    spread = np.linspace(0, len(frames) - 1, min(count, len(frames)), dtype=int)
+    return [frames[i] for i in spread] + [frames[-1]] * (count - len(spread))
 
-    Returns:
-      [S, S, 3] uint8, RGB.
+
+@contextmanager
+def open_image(path: str | Path, field: str = "image") -> Iterator[Image.Image]:
+    """The RGB image in a file. What goes wrong with it inside the `with` block becomes a BadRow that names the file.
+
+    `field` stands in messages.
 
     Raises:
-      BadRow: no image, truncated, or more than 40 million pixels, in the file or on the way to the result.
+      BadRow: no image, truncated, or more than 40 million pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -57,35 +82,16 @@ def load_image(path: str | Path, size: int, mode: str, mean: Sequence[float]) ->
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadRow(f"has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-                return fit(image.convert("RGB"), size, mode, mean)
+                yield image.convert("RGB")
     except UnidentifiedImageError:
-        raise BadRow(f"field image: {path} is no image that can be read") from None
+        raise BadRow(f"field {field}: {path} is no image that can be read") from None
     except BadRow as error:
-        raise BadRow(f"field image: {path} {error}") from None
+        raise BadRow(f"field {field}: {path} {error}") from None
     except Exception as error:  # damaged files make the decoders raise nearly anything, MemoryError included
-        raise BadRow(f"field image: {path} is broken ({error})") from None
+        raise BadRow(f"field {field}: {path} is broken ({error})") from None
 
 
-def fit(image: Image.Image, size: int, mode: str, mean: Sequence[float]) -> np.ndarray:
-    """An RGB image -> [S, S, 3] uint8; see the drawing above for the modes."""
-    if mode == "pad" and image.width != image.height:
-        side = max(image.size)
-        _check_area(image, side, side, "padded")
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    width, height = image.size
-    short = min(width, height)
-    width, height = int(size * width / short), int(size * height / short)
-    _check_area(image, width, height, "resized")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
-
-
-def _check_area(image: Image.Image, width: int, height: int, made: str) -> None:
-    """A few bytes of a 1 x 20000 picture would become gigabytes on their way to a square."""
-    if width * height > MAX_PIXELS:
-        raise BadRow(
-            f"has {image.width} x {image.height} pixels, and {made} {width} x {height}: more than {MAX_PIXELS:,}"
-        )
+def load_image(path: str | Path, config: Config, frame: bool = False) -> Picture:
+    """Reads an image file as the model takes it; `frame`: of a video. Raises BadRow as `open_image` and `picture`."""
+    with open_image(path, "video" if frame else "image") as image:
+        return picture(image, config, frame)

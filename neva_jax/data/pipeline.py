@@ -16,11 +16,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from neva_jax.config import Config, image_tokens
-from neva_jax.data.images import find_image, load_image
-from neva_jax.data.rows import BadRow
+from neva_jax.config import Config
+from neva_jax.data.images import find_frames, find_image, load_image, sample_frames
+from neva_jax.data.rows import VIDEO_MARK, BadRow, Row
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.data.templates import TEMPLATES, encode_conversation, training_row
+from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame, training_row
+from neva_jax.data.tiles import Picture, tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 
@@ -52,9 +53,9 @@ class SampleMaker:
     """Index of the run -> one training row with its images; runs in the workers."""
 
     def __init__(self, sources: Sources, config: Config, tokenizer: Tokenizer):
-        self.sources, self.tokenizer = sources, tokenizer
-        self.data, self.vision = config.data, config.model.vision
-        self.template = TEMPLATES[config.data.template]
+        """Raises UserError: `data.image_start` or `data.image_end` is no token."""
+        self.sources, self.config, self.tokenizer = sources, config, tokenizer
+        self.template, self.frame = TEMPLATES[config.data.template], image_frame(config.data, tokenizer)
         # A row is replaced by the next good one; past this many in a row the source itself is broken.
         self.attempts = 1 if config.data.on_bad_row == "error" else 100
 
@@ -71,19 +72,40 @@ class SampleMaker:
         return {"bad_rows": bad}
 
     def make(self, ref: RowRef) -> dict[str, np.ndarray]:
-        """One row: the arrays of `training_row`, and `images` [K, S, S, 3] uint8 (zeros where there is no image)."""
+        """One row: the arrays of `training_row`, and `images` [K, S, S, 3] uint8 (zeros where there is no tile)."""
         row = self.sources.read(ref)
-        most, size = self.data.images_per_row, self.vision.image_size
+        folder = self.sources.configs[ref.source].images
+        if row.video is None:
+            turns, pictures = row.turns, self._images(row, folder)
+        else:
+            pictures = self._video(row.video, folder)
+            turns = row.with_frames(len(pictures))
+        spans = [picture.span for picture in pictures]
+        encoded = encode_conversation(turns, self.template, self.tokenizer, spans, self.frame)
+        arrays = training_row(encoded, self.config.data.max_length)
+        size = self.config.model.vision.image_size
+        arrays["images"] = np.zeros((tiles_per_row(self.config), size, size, 3), np.uint8)
+        if pictures:
+            tiles = np.concatenate([picture.tiles for picture in pictures])
+            arrays["images"][: len(tiles)] = tiles
+        return arrays
+
+    def _images(self, row: Row, folder: str | None) -> list[Picture]:
+        most = self.config.data.images_per_row
         if len(row.images) > most:
             raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {most}")
-        encoded = encode_conversation(row.turns, self.template, self.tokenizer, image_tokens(self.vision))
-        arrays = training_row(encoded, self.data.max_length)
-        arrays["images"] = np.zeros((most, size, size, 3), np.uint8)
-        folder = self.sources.configs[ref.source].images
-        for k, name in enumerate(row.images):
-            path = find_image(folder, name)
-            arrays["images"][k] = load_image(path, size, self.data.image_mode, self.vision.image_mean)
-        return arrays
+        # Where there are no videos, the word is text: of HTML, say.
+        if self.config.data.video_frames and (marks := row.count(VIDEO_MARK)):
+            raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
+        return [load_image(find_image(folder, name), self.config) for name in row.images]
+
+    def _video(self, name: str, folder: str | None) -> list[Picture]:
+        data = self.config.data
+        if not data.video_frames:
+            raise BadRow("has a field video, but data.video_frames is 0; set the number of frames to take of a video")
+        frames = sample_frames(find_frames(folder, name), data.video_frames, data.splice_single_frame)
+        loaded = {path: load_image(path, self.config, frame=True) for path in dict.fromkeys(frames)}
+        return [loaded[path] for path in frames]
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

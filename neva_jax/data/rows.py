@@ -8,6 +8,7 @@ from typing import Any
 from neva_jax.errors import UserError
 
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -17,7 +18,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; the user's text may hold `<image>` marks."""
+    """What one side says; the user's text may hold `<image>` marks, or one `<video>` mark in a row with a video."""
 
     role: str  # user or assistant
     text: str
@@ -25,11 +26,23 @@ class Turn:
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and the images that its `<image>` marks stand for, in order."""
+    """A conversation and what its marks stand for: the images of the `<image>` marks in order, or one video."""
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    video: str | None = None  # a folder of frames
+
+    def count(self, mark: str) -> int:
+        """How often a mark occurs in human turns."""
+        return sum(turn.text.count(mark) for turn in self.turns if turn.role == "user")
+
+    def with_frames(self, count: int) -> tuple[Turn, ...]:
+        """The turns with the `<video>` mark replaced by `count` `<image>` marks, one for each frame."""
+        return tuple(
+            Turn(turn.role, turn.text.replace(VIDEO_MARK, IMAGE_MARK * count)) if turn.role == "user" else turn
+            for turn in self.turns
+        )
 
 
 def read_json(path: str | Path) -> list[Any]:
@@ -57,7 +70,9 @@ def parse_row(raw: Any) -> Row:
     """One element of the JSON list -> `Row`.
 
     Rules: `conversations` alternates human and gpt, starts with human and ends with gpt; `image` is a path, a list of
-    paths or absent; `<image>` occurs once for each image in human turns, and is plain text in an answer.
+    paths or absent; `<image>` occurs once for each image in human turns, and is plain text in an answer. `video` is the
+    path of a folder of frames or absent; with it, `<video>` occurs once in human turns, and there are no images.
+    Without it, `<video>` is text.
 
     Raises:
       BadRow: a rule is broken.
@@ -76,12 +91,21 @@ def parse_row(raw: Any) -> Row:
         raise BadRow(f"field image must be a path or a list of paths, not {_short(raw['image'])}")
     for name in images:
         check_characters("field image", name)
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in parsed if turn.role == "user")
-    if marks != len(images):
+    video = raw.get("video")
+    if video is not None and (not isinstance(video, str) or not video):
+        raise BadRow(f"field video must be the path of a folder of frames, not {_short(video)}")
+    if video is not None and images:
+        raise BadRow("has both field image and field video; a row may have images or a video, not both")
+    row = Row(str(raw.get("id", "")), tuple(images), parsed, video)
+    if (marks := row.count(IMAGE_MARK)) != len(images):
         raise BadRow(
             f"field conversations has {marks} {IMAGE_MARK} marks in human turns, but field image has {len(images)}"
         )
-    return Row(str(raw.get("id", "")), tuple(images), parsed)
+    if video is not None:
+        check_characters("field video", video)
+        if (marks := row.count(VIDEO_MARK)) != 1:
+            raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns; field video needs one")
+    return row
 
 
 def check_characters(where: str, text: str) -> None:

@@ -7,15 +7,24 @@ one image of P = 4 tokens, two rounds (w: loss weight):
     weight   0   0 …      0      0 0 0 0  0 …            0        1  1     1     0 …         0           1     1
     slot    -1  -1       -1      0 1 2 3 -1              -1       -1                                          -1
 
+With `data.image_start` and `data.image_end`, a token stands before and after each image's slots:
+
+    text    USER: <start> [image] <end> What is it?
+    slot     -1     -1    0 1 2 3  -1   -1
+
 A template is a row of the table below: what stands before, around and after the texts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from neva_jax.config import DataConfig
 from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn
+from neva_jax.data.tiles import TEXT, ImageSpan
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,41 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
+class ImageFrame:
+    """The tokens before and after each image: none or one each."""
+
+    start: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+
+def image_frame(data: DataConfig, tokenizer: Tokenizer) -> ImageFrame:
+    """The ids of `data.image_start` and `data.image_end`.
+
+    Raises:
+      UserError: the tokenizer has no such token.
+    """
+
+    def ids(key: str) -> tuple[int, ...]:
+        name = getattr(data, key)
+        if name is None:
+            return ()
+        token = tokenizer.token_id(name)
+        if token is None:
+            raise UserError(
+                f"data.{key}={name}: the tokenizer has no such token; add it with python -m neva_jax.convert "
+                f"add-tokens, or set data.{key}=null"
+            )
+        return (token,)
+
+    return ImageFrame(ids("image_start"), ids("image_end"))
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens: ids [N] i32, loss weights [N] f32, image slots [N] i32 (-1 = text, else k*P + p)."""
+    """A conversation as tokens: ids [N] i32, loss weights [N] f32, image slots [N] i32.
+
+    Slots: -1 = text, -2 = the learned newline, else k*P + p, feature p of tile k.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -61,12 +103,12 @@ class Encoded:
 class _Joiner:
     """Joins segments. Neighbouring text of one weight is kept together, so that it is tokenized as a whole."""
 
-    def __init__(self, tokenizer: Tokenizer, image_tokens: int):
-        self.tokenizer, self.image_tokens = tokenizer, image_tokens
+    def __init__(self, tokenizer: Tokenizer, frame: ImageFrame):
+        self.tokenizer, self.frame = tokenizer, frame
         self.tokens: list[int] = []
         self.weights: list[float] = []
         self.slots: list[int] = []
-        self.images = 0
+        self.features = 0  # of the images so far
         self.after_text = False
         self.pending, self.pending_weight = "", 0.0
 
@@ -81,11 +123,13 @@ class _Joiner:
         self._append([token], weight)
         self.after_text = False
 
-    def image(self) -> None:
+    def image(self, span: ImageSpan) -> None:
         self.flush()
-        first = self.images * self.image_tokens
-        self._append([0] * self.image_tokens, 0.0, range(first, first + self.image_tokens))
-        self.images += 1
+        self._append(self.frame.start)
+        slots = np.where(span.slots >= 0, span.slots + self.features, span.slots)
+        self._append([0] * len(slots), slots=slots.tolist())
+        self._append(self.frame.end)
+        self.features += span.features
         self.after_text = False
 
     def flush(self) -> None:
@@ -93,21 +137,29 @@ class _Joiner:
             self._append(self.tokenizer.encode(self.pending, continues=self.after_text), self.pending_weight)
             self.pending, self.after_text = "", True
 
-    def _append(self, ids: list[int], weight: float, slots: range | None = None) -> None:
+    def _append(self, ids: Sequence[int], weight: float = 0.0, slots: Sequence[int] | None = None) -> None:
         self.tokens += ids
         self.weights += [weight] * len(ids)
-        self.slots += slots if slots is not None else [-1] * len(ids)
+        self.slots += slots if slots is not None else [TEXT] * len(ids)
 
 
 def encode_conversation(
-    turns: tuple[Turn, ...], template: Template, tokenizer: Tokenizer, image_tokens: int
+    turns: tuple[Turn, ...],
+    template: Template,
+    tokenizer: Tokenizer,
+    images: Sequence[ImageSpan],
+    frame: ImageFrame = ImageFrame(),
 ) -> Encoded:
-    """A conversation -> tokens, weights and slots, `<image>` marks replaced by `image_tokens` slots each.
+    """A conversation -> tokens, weights and slots.
+
+    The n-th `<image>` mark in the user's turns is replaced by the slots of the n-th image, within `frame`; there are
+    as many marks as images. The slots count through the tiles of all images.
 
     The last turn may be the user's: the tokens then end where the answer begins, ready for generation.
     """
-    joiner = _Joiner(tokenizer, image_tokens)
-    joiner.special(tokenizer.bos_id)
+    joiner, spans = _Joiner(tokenizer, frame), iter(images)
+    if tokenizer.bos_id is not None:
+        joiner.special(tokenizer.bos_id)
     joiner.text(template.system)
     for turn in turns:
         if turn.role == "user":
@@ -116,7 +168,7 @@ def encode_conversation(
             joiner.text(before)
             for i, part in enumerate(text.split(IMAGE_MARK)):
                 if i:
-                    joiner.image()
+                    joiner.image(next(spans))
                 joiner.text(part)
             joiner.text(after)
         else:
@@ -142,7 +194,7 @@ def training_row(encoded: Encoded, max_length: int) -> dict[str, np.ndarray]:
     """
     length = len(encoded.tokens) - 1
     if length > max_length:
-        images = int((encoded.slots >= 0).sum())
+        images = int((encoded.slots != TEXT).sum())
         raise BadRow(f"has {length} tokens ({images} of images), but data.max_length is {max_length}")
     if not encoded.weights[1:].any():
         raise BadRow("has nothing to learn: its answers are empty")
@@ -156,5 +208,5 @@ def training_row(encoded: Encoded, max_length: int) -> dict[str, np.ndarray]:
         "loss_weights": padded(encoded.weights[1:], 0),
         "positions": np.arange(max_length, dtype=np.int32),
         "segment_ids": padded(np.ones(length, np.int32), 0),
-        "image_slots": padded(encoded.slots[:-1], -1),
+        "image_slots": padded(encoded.slots[:-1], TEXT),
     }

@@ -6,7 +6,7 @@ own, so what stands in the padding's slots is overwritten before anybody can see
     row 0   a b c d e _ _ _        prefill: slots 0-7, logits taken at e
     row 1   a b c _ _ _ _ _        first new token of row 1 goes to slot 3, where `_` was
 
-    B rows, T prompt length (a multiple of 64), S cache slots, K images per row, V vocabulary.
+    B rows, T prompt length (a multiple of 64), S cache slots, K tiles per row, V vocabulary.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from neva_jax.config import COMPONENTS, Config, image_tokens
+from neva_jax.config import COMPONENTS, Config
 from neva_jax.data.images import load_image
 from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn, check_characters
-from neva_jax.data.templates import TEMPLATES, encode_conversation
+from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame
+from neva_jax.data.tiles import TEXT, Picture, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.inference.sampling import sample
@@ -45,7 +46,7 @@ class Request:
     """
 
     text: str
-    images: tuple[np.ndarray, ...] = ()  # each [S, S, 3] uint8
+    images: tuple[Picture, ...] = ()  # from `Engine.read_image`
 
     def __post_init__(self) -> None:
         marks = self.text.count(IMAGE_MARK)
@@ -122,10 +123,9 @@ class Engine:
         )
         return cls(config, meta.tokenizer, load_components(abstract, sources), graphdef)
 
-    def read_image(self, path: str | Path) -> np.ndarray:
-        """An image file as the model sees it, [S, S, 3] uint8; raises BadRow."""
-        vision = self.config.model.vision
-        return load_image(path, vision.image_size, self.config.data.image_mode, vision.image_mean)
+    def read_image(self, path: str | Path) -> Picture:
+        """An image file as the model takes it; raises BadRow."""
+        return load_image(path, self.config)
 
     def generate(self, requests: Sequence[Request], options: SamplingOptions) -> list[Reply]:
         """Answers all requests as one batch."""
@@ -159,7 +159,8 @@ class Engine:
             reply.finish_reason = "stop"
             return
         reply.ids.append(token)
-        reply.text = self.tokenizer.decode(reply.ids)
+        # The frame of an answer may begin with a space, which SentencePiece drops and byte-level BPE keeps.
+        reply.text = self.tokenizer.decode(reply.ids).removeprefix(self.template.answer.split("{}")[0])
         if self.template.stop and self.template.stop in reply.text:
             reply.text = reply.text.split(self.template.stop)[0]
             reply.finish_reason = "stop"
@@ -167,25 +168,28 @@ class Engine:
             reply.finish_reason = "length"
 
     def _batch(self, requests: Sequence[Request]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Prompts as arrays [B, T], images [B, K, S, S, 3], and the prompts' lengths [B]."""
-        vision = self.config.model.vision
-        encoded = []
+        """Prompts as arrays [B, T], tiles [B, K, S, S, 3], and the prompts' lengths [B]."""
+        size, frame = self.config.model.vision.image_size, image_frame(self.config.data, self.tokenizer)
+        encoded, tiles = [], []
         for request in requests:
             marked = IMAGE_MARK in request.text
             text = request.text if marked else f"{IMAGE_MARK}\n" * len(request.images) + request.text
-            turn = Turn("user", text)
-            encoded.append(encode_conversation((turn,), self.template, self.tokenizer, image_tokens(vision)))
+            spans = [picture.span for picture in request.images]
+            encoded.append(encode_conversation((Turn("user", text),), self.template, self.tokenizer, spans, frame))
+            tiles.append([tile for picture in request.images for tile in picture.tiles])
         lengths = np.asarray([len(e.tokens) for e in encoded], np.int32)
         length = -(-int(lengths.max()) // BUCKET) * BUCKET
-        most = max(1, *(len(request.images) for request in requests), 1)
-        images = np.zeros((len(requests), most, vision.image_size, vision.image_size, 3), np.uint8)
+        # Whole images of the most tiles, so that one image more or less is a new shape, but not one tile.
+        per_image = tiles_per_image(self.config)
+        most = max(1, *(-(-len(row) // per_image) for row in tiles), 1) * per_image
+        images = np.zeros((len(requests), most, size, size, 3), np.uint8)
         tokens = np.zeros((len(requests), length), np.int32)
-        image_slots = np.full((len(requests), length), -1, np.int32)
-        for row, (request, e) in enumerate(zip(requests, encoded, strict=True)):
+        image_slots = np.full((len(requests), length), TEXT, np.int32)
+        for row, e in enumerate(encoded):
             tokens[row, : len(e.tokens)] = e.tokens
             image_slots[row, : len(e.slots)] = e.slots
-            for k, image in enumerate(request.images):
-                images[row, k] = image
+            for k, tile in enumerate(tiles[row]):
+                images[row, k] = tile
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
         return {"tokens": tokens, "image_slots": image_slots, "images": images, "positions": positions}, lengths
 

@@ -1,4 +1,4 @@
-"""Pixels against Hugging Face's CLIPImageProcessor and a brute-force padding; files that are no usable image."""
+"""Files that hold an image in any format and mode, and files that are no usable image; names; frames of a video."""
 
 import os
 import struct
@@ -10,31 +10,12 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from neva_jax.data.images import find_image, fit, load_image
+from neva_jax.config import load_config
+from neva_jax.data.images import find_frames, find_image, load_image, open_image, sample_frames
 from neva_jax.data.rows import BadRow
+from neva_jax.data.tiles import fit
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-SIZES = [
-    (1, 1),
-    (1, 7),
-    (9, 2),
-    (31, 33),
-    (32, 32),
-    (33, 32),
-    (32, 47),
-    (37, 53),
-    (53, 37),
-    (63, 65),
-    (64, 64),
-    (99, 101),
-    (127, 64),
-    (3, 150),
-    (150, 5),
-    (201, 77),
-    (336, 335),
-    (333, 500),
-    (641, 479),
-]
 
 
 def noise(width, height, seed=0):
@@ -53,46 +34,12 @@ def clip(image, size):
     return np.asarray(pixels).transpose(1, 2, 0)
 
 
-def padded(pixels, mean):
-    """expand2square, pixel by pixel."""
-    height, width, _ = pixels.shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    out = np.empty((side, side, 3), np.uint8)
-    for y in range(side):
-        for x in range(side):
-            inside = top <= y < top + height and left <= x < left + width
-            out[y, x] = pixels[y - top, x - left] if inside else [int(255 * m) for m in mean]
-    return out
+def load(path, size=32, mode="square"):
+    with open_image(path) as image:
+        return fit(image, size, mode, MEAN)
 
 
-# --- pixels ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", [32, 35, 224])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_square_gives_the_pixels_of_clip(size, side):
-    image = Image.fromarray(noise(*size))
-    ours = fit(image, side, "square", MEAN)
-    assert (ours.shape, ours.dtype) == ((side, side, 3), np.uint8)
-    np.testing.assert_array_equal(ours, clip(image, side))
-
-
-@pytest.mark.parametrize("size", [(7, 7), (7, 12), (12, 7), (8, 13), (13, 8), (1, 9), (20, 3)])
-def test_pad_against_brute_force(size):
-    """At the padded image's own side nothing is resampled; at another, CLIP's processor resamples the padded image."""
-    pixels = noise(*size)
-    expected = padded(pixels, MEAN)
-    image = Image.fromarray(pixels)
-    np.testing.assert_array_equal(fit(image, max(size), "pad", MEAN), expected)
-    np.testing.assert_array_equal(fit(image, 32, "pad", MEAN), clip(Image.fromarray(expected), 32))
-
-
-def test_pad_uses_the_mean_of_each_channel():
-    image = Image.new("RGB", (4, 2), "white")
-    ours = fit(image, 4, "pad", (0.1, 0.5, 0.99))
-    assert ours[0].tolist() == ours[3].tolist() == [[25, 127, 252]] * 4
-    assert ours[1].tolist() == ours[2].tolist() == [[255, 255, 255]] * 4
+# --- files that hold an image ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "webp", "tiff"])
@@ -100,10 +47,10 @@ def test_a_lossless_file_gives_its_pixels(tmp_path, kind):
     pixels = noise(40, 40)
     path = tmp_path / f"image.{kind}"
     Image.fromarray(pixels).save(path, **({"lossless": True} if kind == "webp" else {}))
-    ours = load_image(path, 40, "square", MEAN)
+    ours = load(path, 40)
     assert ours.dtype == np.uint8
     np.testing.assert_array_equal(ours, pixels)
-    np.testing.assert_array_equal(load_image(str(path), 24, "pad", MEAN), clip(Image.fromarray(pixels), 24))
+    np.testing.assert_array_equal(load(str(path), 24, "pad"), clip(Image.fromarray(pixels), 24))
 
 
 MODES = {
@@ -129,9 +76,9 @@ def test_other_modes_become_rgb(tmp_path, mode):
             assert stored.mode == mode
             # Alpha is dropped, as LLaVA's loader does it; Hugging Face's processor alone would lay it over white.
             reference = clip(stored.convert("RGB") if "A" in mode else stored, 32)
-        np.testing.assert_array_equal(load_image(tmp_path / f"{name}.{kind}", 32, "square", MEAN), reference)
+        np.testing.assert_array_equal(load(tmp_path / f"{name}.{kind}"), reference)
     for fitting in ("square", "pad"):
-        middle = load_image(tmp_path / f"flat.{kind}", 32, fitting, MEAN)[16, 16]
+        middle = load(tmp_path / f"flat.{kind}", 32, fitting)[16, 16]
         assert tuple(middle.tolist()) == expected
 
 
@@ -140,7 +87,7 @@ def test_other_modes_become_rgb(tmp_path, mode):
 
 def broken(path):
     with pytest.raises(BadRow) as error:
-        load_image(path, 32, "square", MEAN)
+        load(path)
     return str(error.value)
 
 
@@ -206,7 +153,7 @@ def test_a_long_thin_image_does_not_become_gigabytes(tmp_path, size, mode, made)
     path = tmp_path / "image.png"
     Image.new("RGB", size).save(path)
     with pytest.raises(BadRow) as error:
-        load_image(path, 224, mode, MEAN)
+        load(path, 224, mode)
     pixels = f"{size[0]} x {size[1]} pixels"
     assert str(error.value) == f"field image: {path} has {pixels}, and {made}: more than 40,000,000"
 
@@ -284,3 +231,95 @@ def test_without_a_folder_no_image_is_found():
     with pytest.raises(BadRow) as error:
         find_image(None, "a.png")
     assert str(error.value) == "field image names a.png, but its source has no images folder"
+
+
+# --- what the model takes --------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_read_in_the_mode_of_the_configuration(tmp_path):
+    path = tmp_path / "image.png"
+    pixels = noise(50, 40)
+    Image.fromarray(pixels).save(path)
+    overrides = ["model.vision.image_size=32", "model.vision.patch_size=8", "data.image_grids=[[32, 64], [64, 32]]"]
+    read = {mode: load_image(path, load_config(None, [*overrides, f"data.image_mode={mode}"])) for mode in MODE_SHAPES}
+    assert {mode: one.tiles.shape for mode, one in read.items()} == MODE_SHAPES
+    np.testing.assert_array_equal(read["square"].tiles[0], clip(Image.fromarray(pixels), 32))
+    assert not np.array_equal(read["square"].tiles[0], read["pad"].tiles[0])
+    for mode in ("square", "pad"):
+        assert read[mode].span.slots.tolist() == list(range(16))
+
+
+MODE_SHAPES = {"square": (1, 32, 32, 3), "pad": (1, 32, 32, 3), "anyres": (3, 32, 32, 3)}
+
+
+def test_a_broken_frame_is_called_a_video(tmp_path):
+    (tmp_path / "f.png").write_text("text")
+    with pytest.raises(BadRow, match=r"^field video: .*/f\.png is no image that can be read$"):
+        load_image(tmp_path / "f.png", load_config(None), frame=True)
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def video(folder):
+    """`clip` with frames 00.png … 06.png, made in another order, and a hidden file."""
+    (folder / "clip").mkdir()
+    for i in (3, 0, 6, 1, 5, 2, 4):
+        Image.new("RGB", (4, 4), (i, i, i)).save(folder / "clip" / f"{i:02d}.png")
+    (folder / "clip" / ".thumbs").write_text("x")
+    return folder
+
+
+def test_frames_are_the_files_of_the_folder_sorted_by_name(video):
+    assert (
+        find_frames(video, "clip")
+        == find_frames(str(video), "./clip/")
+        == [video / "clip" / f"{i:02d}.png" for i in range(7)]
+    )
+
+
+def test_videos_that_cannot_be_used(video):
+    (video / "empty").mkdir()
+    (video / "nested" / "sub").mkdir(parents=True)
+    (video / "out").mkdir()
+    (video / "out" / "a.png").symlink_to(video.parent / "outside.png")
+    for name, message in {
+        "absent": f"field video: absent is not in {video}",
+        "..": f"field video: .. leads out of {video}",
+        "../images2": f"field video: ../images2 leads out of {video}",
+        "sub/a.png": f"field video: sub/a.png in {video} is no folder; a video is given as a folder of its frames",
+        "empty": f"field video: empty in {video} holds no frames",
+        "nested": f"field video: nested/sub in {video} is no regular file",
+        "out": f"field video: out/a.png leads out of {video}",
+    }.items():
+        with pytest.raises(BadRow) as error:
+            find_frames(video, name)
+        assert str(error.value) == message
+    with pytest.raises(BadRow) as error:
+        find_frames(None, "clip")
+    assert str(error.value) == "field video names clip, but its source has no images folder"
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "chosen"),
+    [
+        (7, 1, [0]),
+        (7, 2, [0, 6]),
+        (7, 3, [0, 3, 6]),
+        (7, 4, [0, 2, 4, 6]),
+        (7, 5, [0, 1, 3, 4, 6]),
+        (7, 7, [0, 1, 2, 3, 4, 5, 6]),
+        (3, 5, [0, 1, 2, 2, 2]),
+        (1, 3, [0, 0, 0]),
+        (100, 4, [0, 33, 66, 99]),
+    ],
+)
+def test_frames_are_taken_evenly_and_the_last_is_repeated(length, count, chosen):
+    assert sample_frames(list(range(length)), count, "none") == chosen
+
+
+@pytest.mark.parametrize(("length", "chosen"), [(1, (0, 0, 0)), (2, (0, 1, 1)), (7, (0, 3, 6)), (8, (0, 4, 7))])
+def test_one_frame_is_taken(length, chosen):
+    frames = list(range(length))
+    assert tuple(sample_frames(frames, 4, which) for which in ("first", "middle", "last")) == tuple([i] for i in chosen)

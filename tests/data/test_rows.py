@@ -62,6 +62,31 @@ def test_other_fields_and_empty_texts_do_no_harm():
     assert parse_row(raw).turns == (Turn("user", ""), Turn("assistant", ""))
 
 
+def test_a_row_with_a_video():
+    parsed = parse_row(asks("<video>\nWhat happens?", video="0/clip"))
+    turns = (Turn("user", "<video>\nWhat happens?"), Turn("assistant", "Hello"))
+    assert parsed == Row("a", (), turns, "0/clip")
+    assert (parsed.count("<video>"), parsed.count("<image>")) == (1, 0)
+    assert parsed.with_frames(2) == (Turn("user", "<image><image>\nWhat happens?"), Turn("assistant", "Hello"))
+
+
+@pytest.mark.parametrize("fields", [{"image": None}, {"image": []}])
+def test_empty_images_beside_a_video_do_no_harm(fields):
+    assert parse_row(asks("<video>", video="clip", **fields)).video == "clip"
+
+
+def test_a_video_mark_in_an_answer_is_text():
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "no <video> here"}]
+    parsed = parse_row(row(*turns, video="clip"))
+    assert parsed.with_frames(2) == (Turn("user", "<image><image>"), Turn("assistant", "no <video> here"))
+
+
+@pytest.mark.parametrize("fields", [{}, {"video": None}])
+def test_without_a_video_its_mark_is_text(fields):
+    parsed = parse_row(asks("What does <video> do in HTML? <video>", **fields))
+    assert (parsed.video, parsed.count("<video>")) == (None, 2)
+
+
 BAD = [
     (None, "must be an object, not None"),
     ("x", "must be an object, not 'x'"),
@@ -109,6 +134,23 @@ BAD = [
     (
         row(HUMAN, {"from": "gpt", "value": "<image>"}, image="a.jpg"),
         "field conversations has 0 <image> marks in human turns, but field image has 1",
+    ),
+    (asks("<video>", video=""), "field video must be the path of a folder of frames, not ''"),
+    (asks("<video>", video=["a"]), "field video must be the path of a folder of frames, not ['a']"),
+    (asks("<video>", video=3), "field video must be the path of a folder of frames, not 3"),
+    (asks("<video>", video="\udc80"), "field video has '\\udc80' at character 0, half a surrogate pair"),
+    (
+        asks("<video><image>", video="a", image="b.jpg"),
+        "has both field image and field video; a row may have images or a video, not both",
+    ),
+    (
+        asks("<video><image>", video="a"),
+        "field conversations has 1 <image> marks in human turns, but field image has 0",
+    ),
+    (asks("Hi", video="a"), "field conversations has 0 <video> marks in human turns; field video needs one"),
+    (
+        asks("<video><video>", video="a"),
+        "field conversations has 2 <video> marks in human turns; field video needs one",
     ),
 ]
 

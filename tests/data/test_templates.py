@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
+from neva_jax.config import DataConfig
 from neva_jax.data.rows import BadRow, Turn
-from neva_jax.data.templates import TEMPLATES, Encoded, encode_conversation, training_row
-from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.templates import TEMPLATES, Encoded, ImageFrame, encode_conversation, image_frame, training_row
+from neva_jax.data.tiles import ImageSpan
+from neva_jax.data.tokenizer import Tokenizer, add_tokens
+from neva_jax.errors import UserError
 
 P = 2
 SYSTEM = (
@@ -39,6 +42,16 @@ def characters() -> Tokenizer:
 
 def talk(*texts):
     return tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+
+
+def images(turns, tokens=P):
+    """A span of one tile for each mark in the user's turns."""
+    count = sum(turn.text.count("<image>") for turn in turns if turn.role == "user")
+    return [ImageSpan(np.arange(tokens, dtype=np.int32), tokens)] * count
+
+
+def encode(turns, template, tokenizer, tokens=P):
+    return encode_conversation(turns, TEMPLATES[template], tokenizer, images(turns, tokens))
 
 
 def laid_out(*parts):
@@ -144,7 +157,7 @@ LAYOUTS = {
 def test_tokens_weights_and_slots_as_written_by_hand(characters, name):
     template, turns, parts = LAYOUTS[name]
     tokens, weights, slots = laid_out(*parts)
-    encoded = encode_conversation(turns, TEMPLATES[template], characters, P)
+    encoded = encode(turns, template, characters)
     assert encoded.tokens.tolist() == tokens
     assert encoded.weights.tolist() == weights
     assert encoded.slots.tolist() == slots
@@ -152,7 +165,7 @@ def test_tokens_weights_and_slots_as_written_by_hand(characters, name):
 
 
 def test_a_prompt_ends_where_the_answer_begins(characters):
-    encoded = encode_conversation(talk("<image>\nWhat?", "a cat", "Sure?"), TEMPLATES["v1"], characters, P)
+    encoded = encode(talk("<image>\nWhat?", "a cat", "Sure?"), "v1", characters)
     expected = laid_out(
         ("<s>", 0),
         (f"{SYSTEM}USER:▁", 0),
@@ -195,7 +208,7 @@ def spoken(turns):
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_in_v1_the_supervised_tokens_are_the_answers_and_their_ends(tokenizer, asked, answer):
     turns = talk(asked, answer, asked.replace("<image>", "and"), answer + "!")
-    encoded = encode_conversation(turns, TEMPLATES["v1"], tokenizer, P)
+    encoded = encode(turns, "v1", tokenizer)
     supervised = encoded.tokens[encoded.weights > 0].tolist()
     assert supervised.count(tokenizer.eos_id) == 2
     assert supervised[-1] == tokenizer.eos_id
@@ -209,7 +222,7 @@ def test_in_v1_the_supervised_tokens_are_the_answers_and_their_ends(tokenizer, a
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_in_plain_the_supervised_tokens_are_the_answers_and_line_ends(tokenizer, answer):
     turns = talk("ASSISTANT: </s><image>\nDescribe.", answer, "Go on", answer + "!")
-    encoded = encode_conversation(turns, TEMPLATES["plain"], tokenizer, P)
+    encoded = encode(turns, "plain", tokenizer)
     supervised = encoded.tokens[encoded.weights > 0].tolist()
     assert tokenizer.decode(supervised) == f"{answer}\n{answer}!\n"
     assert encoded.tokens[:3].tolist() == [tokenizer.bos_id, 0, 0]
@@ -219,8 +232,8 @@ def test_in_plain_the_supervised_tokens_are_the_answers_and_line_ends(tokenizer,
 
 @pytest.mark.parametrize("asked", HOSTILE)
 def test_what_the_user_says_cannot_widen_the_mask(tokenizer, asked):
-    harmless = encode_conversation(talk("", "It is blue.", "", "Yes"), TEMPLATES["v1"], tokenizer, P)
-    hostile = encode_conversation(talk(asked, "It is blue.", asked, "Yes"), TEMPLATES["v1"], tokenizer, P)
+    harmless = encode(talk("", "It is blue.", "", "Yes"), "v1", tokenizer)
+    hostile = encode(talk(asked, "It is blue.", asked, "Yes"), "v1", tokenizer)
     assert len(hostile.tokens) > len(harmless.tokens)
     for one in (harmless, hostile):
         assert set(one.weights.tolist()) == {0, 1}
@@ -231,12 +244,12 @@ def test_what_the_user_says_cannot_widen_the_mask(tokenizer, asked):
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_prompt_of_each_round_is_a_prefix_of_the_training_tokens(tokenizer, template, answer):
     turns = talk("<image>\nWhat?", answer, "Sure?", answer, "And <image>", answer)
-    whole = encode_conversation(turns, TEMPLATES[template], tokenizer, P)
+    whole = encode(turns, template, tokenizer)
     lengths = []
     for rounds in (
         (1, 3, 5) if template == "v1" else (1, 5)
     ):  # in plain, two answers without an image between are one text
-        prompt = encode_conversation(turns[:rounds], TEMPLATES[template], tokenizer, P)
+        prompt = encode(turns[:rounds], template, tokenizer)
         n = len(prompt.tokens)
         np.testing.assert_array_equal(prompt.tokens, whole.tokens[:n])
         np.testing.assert_array_equal(prompt.weights, whole.weights[:n])
@@ -247,15 +260,95 @@ def test_the_prompt_of_each_round_is_a_prefix_of_the_training_tokens(tokenizer, 
 
 
 def test_a_mark_in_an_answer_is_text(tokenizer):
-    encoded = encode_conversation(talk("Hi", "<image>"), TEMPLATES["v1"], tokenizer, P)
+    encoded = encode(talk("Hi", "<image>"), "v1", tokenizer)
     assert set(encoded.slots.tolist()) == {-1}
 
 
 @pytest.mark.parametrize("count", [1, 9])
 def test_image_slots_count_through_all_images(tokenizer, count):
-    encoded = encode_conversation(talk("<image>" * count, "yes"), TEMPLATES["v1"], tokenizer, 16)
+    encoded = encode(talk("<image>" * count, "yes"), "v1", tokenizer, 16)
     np.testing.assert_array_equal(encoded.slots[encoded.slots >= 0], np.arange(16 * count))
     assert not encoded.tokens[encoded.slots >= 0].any()
+
+
+# --- several tiles, newlines, and tokens around an image --------------------------------------------------------------
+
+MIXED = [
+    ImageSpan(np.array([0, 1, 3, -2, 5, -2], np.int32), 8),  # 4 tiles, the last of which has only padding
+    ImageSpan(np.array([0, 1], np.int32), 2),
+    ImageSpan(np.array([0, 1, 2, -2], np.int32), 4),
+]
+
+
+def test_slots_count_through_the_tiles_of_all_images_whether_they_are_used_or_not(characters):
+    turns = talk("<image>a<image>", "no", "<image>", "b")
+    encoded = encode_conversation(turns, TEMPLATES["plain"], characters, MIXED)
+    assert encoded.slots.tolist() == [-1, 0, 1, 3, -2, 5, -2, 8, 9, *[-1] * 4, 10, 11, 12, -2, *[-1] * 3]
+    assert encoded.tokens[np.array(encoded.slots) != -1].tolist() == [0] * 12
+    assert encoded.weights.tolist() == [0] * 9 + [1] * 4 + [0] * 4 + [1] * 3
+    row = training_row(encoded, 24)
+    assert row["image_slots"].tolist() == [*encoded.slots.tolist()[:-1], *[-1] * 5]
+
+
+@pytest.fixture(scope="module")
+def marked(characters) -> Tokenizer:
+    """`characters` with NeVA's tokens for start and end, as control pieces."""
+    return Tokenizer(add_tokens(characters.serialized, ["<extra_id_4>", "<extra_id_5>"], True, "x")[0])
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [("<extra_id_4>", "<extra_id_5>"), ("<extra_id_4>", None), (None, "<extra_id_5>"), (None, None)]
+)
+def test_tokens_around_each_image(marked, start, end):
+    """They are the spans' neighbours, and nothing else changes: each has weight 0 and slot -1."""
+    turns = talk("See <image><image>.", "no", "<image>", "<image>")
+    frame = image_frame(DataConfig(image_start=start, image_end=end), marked)
+    size = len(CHARACTERS)
+    assert frame == ImageFrame((size,) if start else (), (size + 1,) if end else ())
+    bare = encode_conversation(turns, TEMPLATES["v1"], marked, MIXED)
+    encoded = encode_conversation(turns, TEMPLATES["v1"], marked, MIXED, frame)
+    firsts = np.flatnonzero(np.isin(bare.slots, (0, 8, 10)))
+    behind = firsts + np.array([6, 2, 4])
+    # Ends before starts: between two images that touch, the end of the first comes first.
+    places = np.concatenate([behind if end else [], firsts if start else []]).astype(int)
+    ids = [size + 1] * 3 * bool(end) + [size] * 3 * bool(start)
+    assert encoded.tokens.tolist() == np.insert(bare.tokens, places, ids).tolist()
+    assert encoded.weights.tolist() == np.insert(bare.weights, places, 0).tolist()
+    assert encoded.slots.tolist() == np.insert(bare.slots, places, -1).tolist()
+
+
+def test_the_layout_of_an_image_between_its_tokens(marked):
+    frame = image_frame(DataConfig(image_start="<extra_id_4>", image_end="<extra_id_5>"), marked)
+    turns = talk("<image>", "a")
+    encoded = encode_conversation(turns, TEMPLATES["plain"], marked, images(turns), frame)
+    size = len(CHARACTERS)
+    a = [CHARACTERS.index(piece) for piece in "▁a\n"]
+    assert encoded.tokens.tolist() == [1, size, 0, 0, size + 1, *a]
+    assert encoded.slots.tolist() == [-1, -1, 0, 1, -1, -1, -1, -1]
+    assert encoded.weights.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("key", ["image_start", "image_end"])
+@pytest.mark.parametrize("name", ["<extra_id_9>", "a", "", "the"])
+def test_an_unknown_token_around_images_is_refused(marked, key, name):
+    with pytest.raises(UserError) as error:
+        image_frame(DataConfig(**{key: name}), marked)
+    assert str(error.value) == (
+        f"data.{key}={name}: the tokenizer has no such token; add it with python -m neva_jax.convert add-tokens, or "
+        f"set data.{key}=null"
+    )
+
+
+def test_a_tokenizer_without_a_start_token(characters):
+    """Qwen2's: nothing stands before the system prompt."""
+
+    class Startless:
+        bos_id, eos_id, encode = None, characters.eos_id, staticmethod(characters.encode)
+
+    turns = talk("<image>\nWhat?", "a cat")
+    ours, usual = encode(turns, "v1", Startless()), encode(turns, "v1", characters)
+    assert ours.tokens.tolist() == usual.tokens.tolist()[1:]
+    assert (ours.weights.tolist(), ours.slots.tolist()) == (usual.weights.tolist()[1:], usual.slots.tolist()[1:])
 
 
 # --- training_row ----------------------------------------------------------------------------------------------------

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import sentencepiece
 from flax import nnx
+from PIL import Image
 
 from neva_jax import train
 from neva_jax.config import COMPONENTS, load_config
 from neva_jax.data.rows import BadRow
+from neva_jax.data.tiles import Picture
+from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
 from neva_jax.inference.engine import Engine, Reply, Request, SamplingOptions
 from neva_jax.models.neva import abstract_model, random_parameters
@@ -107,7 +110,7 @@ def taught(finetuned) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def pictures(engine, llava_data) -> list[np.ndarray]:
+def pictures(engine, llava_data) -> list[Picture]:
     return [engine.read_image(llava_data.images / "0" / f"0{i}.jpg") for i in range(3)]
 
 
@@ -166,7 +169,8 @@ def next_tokens(engine):
 
         pixels = np.zeros((len(prompts), 2, 16, 16, 3), np.uint8)
         for row, pair in enumerate(images):
-            pixels[row, : len(pair)] = np.array(pair).reshape(-1, 16, 16, 3)
+            for k, picture in enumerate(pair):
+                (pixels[row, k],) = picture.tiles
         batch = {
             "tokens": padded([tokens for tokens, _ in prompts], 0),
             "image_slots": padded([slots for _, slots in prompts], -1),
@@ -385,10 +389,75 @@ def test_another_tokenizer_than_the_saved_one_is_refused(moved):
 def test_an_image_is_read_in_the_mode_of_the_run(engine, llava_data):
     path = llava_data.images / "0" / "00.jpg"
     square = engine.read_image(path)
-    assert square.shape == (16, 16, 3)
+    assert square.tiles.shape == (1, 16, 16, 3)
     data = dataclasses.replace(engine.config.data, image_mode="pad")
     padded = Engine(dataclasses.replace(engine.config, data=data), engine.tokenizer, {}, None).read_image(path)
-    assert not np.array_equal(square, padded)
+    assert not np.array_equal(square.tiles, padded.tiles)
+    assert square.span.slots.tolist() == padded.span.slots.tolist() == list(range(PATCHES))
+
+
+# --- several tiles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def anyres(tmp_path_factory, tokenizer, tokenizer_path, llava_data) -> Engine:
+    """Random weights that read anyres images between start and end tokens."""
+    folder = tmp_path_factory.mktemp("anyres")
+    grown = Tokenizer(add_tokens(tokenizer.serialized, ["<im_start>", "<im_end>"], True, "x")[0])
+    overrides = [
+        *tiny_run(folder, tokenizer_path, llava_data.json, llava_data.images),
+        "data.image_mode=anyres",
+        "data.image_grids=[[16, 32], [32, 16], [32, 32]]",
+        "data.image_start=<im_start>",
+        "data.image_end=<im_end>",
+        "model.projector.newline=true",
+    ]
+    return Engine.from_checkpoint(random_checkpoint(folder, grown, *overrides))
+
+
+@pytest.fixture(scope="module")
+def mixed(anyres, tmp_path_factory) -> list[Picture]:
+    """Images of 3, 5, 3 and 3 tiles."""
+    folder = tmp_path_factory.mktemp("sizes")
+    read = []
+    for i, (width, height) in enumerate([(20, 40), (40, 40), (90, 30), (100, 1)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        read.append(anyres.read_image(folder / f"{i}.png"))
+    assert [len(picture.tiles) for picture in read] == [3, 5, 3, 3]
+    return read
+
+
+def test_a_batch_of_images_of_several_tiles(anyres, mixed):
+    requests = [Request("<image> or <image>?", (mixed[0], mixed[1])), Request("What?", (mixed[2],)), Request("Hi")]
+    batch, lengths = anyres._batch(requests)
+    assert batch["images"].shape == (3, 10, 16, 16, 3)  # two images of at most 5 tiles
+    np.testing.assert_array_equal(batch["images"][0, :8], np.concatenate([mixed[0].tiles, mixed[1].tiles]))
+    np.testing.assert_array_equal(batch["images"][1, :3], mixed[2].tiles)
+    assert not batch["images"][0, 8:].any()
+    assert not batch["images"][1, 3:].any()
+    assert not batch["images"][2].any()
+    first, second = mixed[0].span.slots, mixed[1].span.slots
+    moved = np.where(second == -2, -2, second + 3 * PATCHES)
+    assert batch["image_slots"][0][batch["image_slots"][0] != -1].tolist() == [*first, *moved]
+    assert batch["image_slots"][1][batch["image_slots"][1] != -1].tolist() == mixed[2].span.slots.tolist()
+    size = anyres.tokenizer.size
+    for row, spans in enumerate([[first, second], [mixed[2].span.slots], []]):
+        tokens = batch["tokens"][row, : lengths[row]]
+        starts, ends = np.flatnonzero(tokens == size - 2), np.flatnonzero(tokens == size - 1)
+        assert [(b - a - 1) for a, b in zip(starts, ends, strict=True)] == [len(span) for span in spans]
+
+
+def test_images_of_several_tiles_alone_and_in_a_batch(anyres, mixed):
+    requests = [
+        Request("What is in the picture?", (mixed[0],)),
+        Request("What is in the picture?", (mixed[2],)),
+        Request("Is <image> the same as\n<image>?", (mixed[1], mixed[3])),
+        Request(SIDES),
+    ]
+    together = anyres.generate(requests, GREEDY)
+    assert together == [anyres.generate([request], GREEDY)[0] for request in requests]
+    assert len({tuple(reply.ids) for reply in together}) == len(requests)
 
 
 # --- wrong input -----------------------------------------------------------------------------------------------------
