@@ -89,11 +89,11 @@ NEMO_KEYS: dict[str, list[tuple[str, str, str]]] = {
         ("model.mm_cfg.vision_encoder.patch_dim", "model.vision.patch_size", ""),
         ("model.mm_cfg.vision_encoder.hidden_size", "model.vision.hidden_size", ""),
         ("model.mm_cfg.vision_encoder.vision_select_layer", "model.vision.select_layer", ""),
-        ("model.mm_cfg.vision_encoder.class_token_length", NOT_NEEDED, "CLIP's one class token is always dropped"),
+        ("model.mm_cfg.vision_encoder.class_token_length", "model.vision.kind", "`clip` has one, `siglip` none"),
         ("model.mm_cfg.vision_encoder.freeze", "model.vision.freeze", "false trains the encoder, which NeVA cannot"),
         ("model.mm_cfg.pretrain_mm_mlp_adapter", "model.init_from", "not yet from another checkpoint than the rest"),
         ("model.mm_cfg.mm_mlp_adapter_type", "model.projector.kind", "`linear` or `mlp2x_gelu`"),
-        ("model.mm_cfg.use_im_start_end", NOT_NEEDED, "an image is its patches; there are no start and end tokens"),
+        ("model.mm_cfg.use_im_start_end", "data.image_start, data.image_end", "`<extra_id_4>` and `<extra_id_5>`"),
         ("model.encoder_seq_length", "data.max_length", "rows are padded to it, and longer ones are bad, not cut"),
         ("model.num_layers", "model.llm.num_layers", ""),
         ("model.hidden_size", "model.llm.hidden_size", ""),
@@ -102,18 +102,19 @@ NEMO_KEYS: dict[str, list[tuple[str, str, str]]] = {
         ("model.num_query_groups", "model.llm.num_kv_heads", ""),
         ("model.kv_channels", "model.llm.head_dim", ""),
         ("model.position_embedding_type", NOT_NEEDED, "always rotary; its base is `model.llm.rope_base`"),
-        ("model.rotary_percentage", NOT_NEEDED, "always 1, Llama's; the workflow's 0.5 is wrong for Llama-2"),
-        ("model.seq_len_interpolation_factor", NOT_YET, ""),
+        ("model.rotary_percentage", "model.llm.rope_fraction", "1 for Llama; the workflow's 0.5 is wrong for Llama-2"),
+        ("model.seq_len_interpolation_factor", "model.llm.rope_factor", "with `model.llm.rope_scaling: linear`"),
         ("model.normalization", NOT_NEEDED, "always RMSNorm"),
         ("model.layernorm_epsilon", "model.llm.norm_eps", ""),
         ("model.activation", NOT_NEEDED, "always SwiGLU"),
         ("model.init_method_std", "model.llm.init_std", ""),
-        ("model.use_scaled_init_method", NOT_YET, "random output projections have the same deviation as the others"),
+        ("model.use_scaled_init_method", "model.llm.scaled_output_init", ""),
         ("model.hidden_dropout, attention_dropout, ffn_dropout", NOT_NEEDED, "always 0, as in the workflow"),
         ("model.share_embeddings_and_output_weights", "model.llm.tie_embeddings", ""),
         ("model.make_vocab_size_divisible_by", "model.llm.vocab_multiple", "not multiplied by the tensor size"),
         ("model.activations_checkpoint_granularity", "train.remat", "`selective`: `dots`, `full`: `full`"),
-        ("model.activations_checkpoint_method, _num_layers", NOT_NEEDED, "every layer alike"),
+        ("model.activations_checkpoint_method", "train.remat_method", "`uniform` or `block`"),
+        ("model.activations_checkpoint_num_layers", "train.remat_layers", ""),
         ("model.sequence_parallel", NOT_YET, ""),
         ("model.fp8, fp8_e4m3, fp8_hybrid", NOT_YET, "`precision.compute=fp8_delayed` and `fp8_current` are reserved"),
         ("model.fp8_margin, fp8_interval, fp8_amax_history_len, fp8_amax_compute_algo", NOT_YET, ""),
@@ -135,7 +136,8 @@ NEMO_KEYS: dict[str, list[tuple[str, str, str]]] = {
         ("model.data.conv_template", "data.template", "`plain` or `v1`; `llama_2` and `nvgpt` not yet"),
         ("model.data.image_token_len", NOT_NEEDED, "(`image_size` / `patch_size`)², shown by `--print-config`"),
         ("model.data.lazy_preprocess", NOT_NEEDED, "rows are always prepared when they are needed"),
-        ("model.data.image_aspect_ratio", "data.image_mode", "`square` or `pad`"),
+        ("model.data.image_aspect_ratio", "data.image_mode", "`square`, `pad` or `anyres`"),
+        ("model.data.num_frames, splice_single_frame", "data.video_frames, data.splice_single_frame", ""),
         ("model.data.sep_image_conv_front", NOT_YET, "an image stands where its `<image>` mark stands"),
     ],
     "model.optim": [
@@ -168,7 +170,8 @@ def type_text(kind: Any) -> str:
     if kind == list[SourceConfig]:
         return "list of sources"
     if get_origin(kind) is list:
-        return f"list of {type_text(get_args(kind)[0])}s"
+        inner = type_text(get_args(kind)[0])
+        return f"list of {inner if inner.endswith('s') else f'{inner}s'}"
     return {NoneType: "null", str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
 
 

@@ -185,7 +185,7 @@ def test_mesh_shape(text, devices, sizes):
 
 def test_derived_numbers():
     config = load_config(None, ["model.vision.image_size=336", "model.llm.vocab_size=32008", "model.llm.freeze=true"])
-    assert image_tokens(config.model.vision) == 576
+    assert image_tokens(config.model) == 576
     assert (kv_heads(config.model.llm), head_dim(config.model.llm), padded_vocab(config.model.llm)) == (32, 128, 32008)
     assert (trained_components(config.model), frozen_components(config.model)) == (("projector",), ("vision", "llm"))
     config = load_config(
@@ -254,7 +254,7 @@ def test_example_can_be_printed_and_read_again(path, tmp_path, capsys):
     text = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(text)
     assert load_config(tmp_path / "again.yaml") == load_config(path)
-    assert f"image_tokens: {image_tokens(load_config(path).model.vision)} " in text
+    assert f"image_tokens: {image_tokens(load_config(path).model)} " in text
 
 
 @example
