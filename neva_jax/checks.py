@@ -184,7 +184,7 @@ def _check_rope(llm: LlmConfig) -> None:
     width = rotary_width(llm)
     if width % 2 or width < 4:
         raise UserError(
-            f"model.llm.head_dim={head_dim(llm)} x model.llm.rope_fraction={llm.rope_fraction} rotates {width} channels, "
+            f"model.llm.head_dim={head_dim(llm)} x model.llm.rope_fraction={llm.rope_fraction} gives {width} channels: "
             f"{'an odd number' if width % 2 else 'too few'}; it must be an even number, 4 or more"
         )
     if llm.rope_scaling == "none" and llm.rope_factor != 1:

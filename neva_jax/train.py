@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from absl import logging as absl_logging
 
-from neva_jax import config as configuration
 from neva_jax.checks import check, check_mesh, check_ranges
-from neva_jax.config import Config, frozen_components, load_config, parse_mesh_shape, trained_components
+from neva_jax.config import COMPONENTS, Config, derived_comment, frozen_components, parse_mesh_shape, trained_components
+from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.pipeline import BadRowCount, Batch, batches
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, [*options.overrides, *mesh_override])
     if options.print_config:
         check_ranges(config)
-        print(configuration.to_yaml(config) + configuration.derived_comment(config), end="")
+        print(to_yaml(config) + derived_comment(config), end="")
         return 0
     check(config)
     return run(config)
@@ -93,7 +93,7 @@ def run(config: Config) -> int:
         return 0
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
 
@@ -113,7 +113,7 @@ def run(config: Config) -> int:
             params, moments, progress = checkpoints.restore(
                 start, {name: abstract[name] for name in contents}, abstract_moments
             )
-            elsewhere = {name: abstract[name] for name in configuration.COMPONENTS if name not in contents}
+            elsewhere = {name: abstract[name] for name in COMPONENTS if name not in contents}
             params |= load_components(elsewhere, sources)
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():

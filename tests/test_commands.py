@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from neva_jax import evaluate, generate, train
-from neva_jax.config import load_config
+from neva_jax.configfile import load_config
 from neva_jax.errors import UserError, exit_with
 from neva_jax.inference.engine import Engine
 

@@ -11,20 +11,17 @@ from neva_jax.checks import check, check_mesh
 from neva_jax.config import (
     COMPONENTS,
     Config,
-    config_from_dict,
     derived_comment,
     frozen_components,
     head_dim,
     image_tokens,
     kv_heads,
-    load_config,
     padded_vocab,
     parse_mesh_shape,
-    to_dict,
-    to_yaml,
     trained_components,
     walk,
 )
+from neva_jax.configfile import config_from_dict, load_config, to_dict, to_yaml
 from neva_jax.training.checkpoint import check_compatible
 
 ROOT = Path(__file__).parent.parent

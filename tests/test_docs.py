@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from neva_jax.config import Config, SourceConfig, load_config, walk
+from neva_jax.config import Config, SourceConfig, walk
+from neva_jax.configfile import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "configuration.md"

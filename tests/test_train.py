@@ -28,7 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from neva_jax import train
-from neva_jax.config import load_config, to_yaml
+from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.pipeline import SampleMaker
 from neva_jax.data.sources import Sources
 from neva_jax.errors import UserError, exit_with

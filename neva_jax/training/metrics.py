@@ -13,7 +13,8 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from neva_jax.config import LogConfig, to_dict
+from neva_jax.config import LogConfig
+from neva_jax.configfile import to_dict
 from neva_jax.errors import UserError
 from neva_jax.files import replacing
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from neva_jax.config import load_config
+from neva_jax.configfile import load_config
 from neva_jax.data.images import find_frames, find_image, load_image, open_image, sample_frames
 from neva_jax.data.rows import BadRow
 from neva_jax.data.tiles import fit

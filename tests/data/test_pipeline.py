@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from neva_jax.checks import check
-from neva_jax.config import load_config
+from neva_jax.configfile import load_config
 from neva_jax.data.images import load_image
 from neva_jax.data.pipeline import ARRAYS, BadRowCount, BadRowReport, SampleMaker, batches
 from neva_jax.data.sources import RowRef, Sources

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, Llav
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 
-from neva_jax.config import load_config
+from neva_jax.configfile import load_config
 from neva_jax.data.tiles import (
     NEWLINE,
     best_grid,

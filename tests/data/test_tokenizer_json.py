@@ -21,7 +21,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from neva_jax.config import Config, load_config
+from neva_jax.config import Config
+from neva_jax.configfile import load_config
 from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import Meta, read_meta

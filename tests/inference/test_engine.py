@@ -15,7 +15,8 @@ from flax import nnx
 from PIL import Image
 
 from neva_jax import train
-from neva_jax.config import COMPONENTS, load_config
+from neva_jax.config import COMPONENTS
+from neva_jax.configfile import load_config
 from neva_jax.data.rows import BadRow
 from neva_jax.data.tiles import Picture
 from neva_jax.data.tokenizer import Tokenizer, add_tokens

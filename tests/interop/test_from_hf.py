@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, DataConfig, LlmConfig, ModelConfig, load_config
+from neva_jax.config import Config, DataConfig, LlmConfig, ModelConfig
+from neva_jax.configfile import load_config
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
 from neva_jax.interop import from_hf as from_hf_module
 from neva_jax.interop import store

@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from neva_jax.config import Config, DataConfig, PrecisionConfig, to_dict
+from neva_jax.config import Config, DataConfig, PrecisionConfig
+from neva_jax.configfile import to_dict
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, one_device_mesh
 from neva_jax.training.checkpoint import (
