@@ -8,6 +8,7 @@ Mistral has 8 key and value heads, Llama as many as query heads).
 import copy
 import dataclasses
 import json
+import os
 from typing import Any
 
 from neva_jax.config import LlmConfig, VisionConfig
@@ -102,9 +103,10 @@ def accept(raw: Raw, where: str, used: tuple[str, ...], no_effect: dict[str, str
 
 def hf_class(model_type: str, where: str) -> type:
     """Hugging Face's config class; raises UserError where they have none of that name."""
+    # Read at the import: without PyTorch it would say so on stderr, and nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
-    transformers.logging.set_verbosity_error()
     if model_type not in transformers.CONFIG_MAPPING:
         raise UserError(f"{where}: field model_type={model_type} is not known")
     return transformers.CONFIG_MAPPING[model_type]

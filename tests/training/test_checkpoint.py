@@ -241,7 +241,13 @@ def test_meta_json(tokenizer, tokenizer_path, tmp_path):
         "components": ["projector", "llm"],
         "base": "/somewhere/base",
         "template": "plain",
-        "tokenizer": {"file": "tokenizer.model", "sha256": sha256, "size": 400},
+        "tokenizer": {
+            "file": "tokenizer.model",
+            "sha256": sha256,
+            "size": 400,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
         "versions": {name: version(name) for name in packages},
         "config": to_dict(CONFIG),
     }
