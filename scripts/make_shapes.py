@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
-    for split, count in (("train", 9000), ("val", 128), ("heldout", 50), ("unseen", 50)):
+    for split, count in (("train", 6000), ("val", 128), ("heldout", 50), ("unseen", 50)):
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default: {count})")
     parser.add_argument("--force", action="store_true", help="replace a data set with other parameters")
     options = parser.parse_args(arguments)
