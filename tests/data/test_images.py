@@ -8,30 +8,14 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from neva_jax.configfile import load_config
 from neva_jax.data.images import find_frames, find_image, load_image, open_image, sample_frames
 from neva_jax.data.rows import BadRow
 from neva_jax.data.tiles import fit
+from tests.data.helpers import clip, noise
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
-
-
-def noise(width, height, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def clip(image, size):
-    """[S, S, 3] uint8 of Hugging Face's processor, before it scales and normalises."""
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        do_rescale=False,
-        do_normalize=False,
-    )
-    (pixels,) = processor(image)["pixel_values"]
-    return np.asarray(pixels).transpose(1, 2, 0)
 
 
 def load(path, size=32, mode="square"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 from transformers.image_processing_utils import select_best_resolution
 
 from neva_jax.configfile import load_config
@@ -20,6 +20,7 @@ from neva_jax.data.tiles import (
     tiles_per_image,
     tiles_per_row,
 )
+from tests.data.helpers import clip, noise
 
 try:
     import torch
@@ -55,22 +56,6 @@ SIZES = [
 # LLaVA-NeXT's grids, in tiles; and others, with one of a single tile, and two of one area.
 GRIDS = {"next": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)], "other": [(1, 1), (4, 1), (1, 4), (2, 2), (2, 3), (3, 2)]}
 ANYRES_SIZES = [*SIZES, (1, 300), (300, 1), (1, 5000), (2000, 1), (672, 672), (336, 672), (1008, 337), (1009, 336)]
-
-
-def noise(width, height, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def clip(image, size):
-    """[S, S, 3] uint8 of Hugging Face's processor, before it scales and normalises."""
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        do_rescale=False,
-        do_normalize=False,
-    )
-    (pixels,) = processor(image)["pixel_values"]
-    return np.asarray(pixels).transpose(1, 2, 0)
 
 
 def padded(pixels, mean):
