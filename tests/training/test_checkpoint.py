@@ -142,8 +142,7 @@ def test_saving_takes_the_numbers_of_the_moment(tokenizer, tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(3, params, optimizer, {}, Meta(3, CONFIG, ALL, None, tokenizer))
-        jax.block_until_ready(overwrite(params))
-        assert jax.tree.leaves(params)[0].is_deleted()
+        jax.block_until_ready(overwrite(params))  # in place, unless this jax sees that the memory is being read
         checkpoints.wait()
         restored, _, _ = checkpoints.restore(3, *abstract_state(one_device_mesh()))
     assert_same(restored, expected)
