@@ -147,10 +147,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of rows: a LLaVA JSON file and the folder that its image paths are relative to."""
+    """One source of rows: `json` and `images`, or `records`."""
 
-    json: str = key("", "LLaVA JSON file: a list of `{id, image, conversations: [{from, value}]}`.")
-    images: str | None = key(None, "Folder of the images; null only if no row has one.")
+    json: str = key(
+        "",
+        "LLaVA JSON (a list of `{id, image, conversations: [{from, value}]}`), JSON lines, NeVA's SteerLM lines; "
+        "`.gz` too.",
+    )
+    images: str | None = key(
+        None, "The images that rows name: a folder, a `.tar` or a Parquet file; null only if no row has one."
+    )
+    records: str | None = key(
+        None, "Rows and images together, instead of `json`: a TFDS directory, an ArrayRecord or a Parquet file."
+    )
     weight: float = key(1.0, "How often each row is seen in an epoch; 0.5 takes a different half each epoch.")
 
 
@@ -160,16 +169,63 @@ class DataConfig:
 
     train: list[SourceConfig] = key([], "Sources of training rows.")
     val: list[SourceConfig] = key([], "Sources of validation rows; may be empty.")
-    template: Literal["plain", "v1"] = key(
-        "v1", "Conversation template: `plain` (captions, pretrain) or `v1` (Vicuna v1, LLaVA 1.5)."
+    val_fraction: float = key(
+        0.0, "Part of the training rows held out for validation instead of `val`, chosen by a hash of their ids."
     )
-    max_length: int = key(2048, "Tokens per row, image tokens included; a longer row counts as bad.")
+    sampling: Literal["epochs", "replacement"] = key(
+        "epochs",
+        "`epochs`: every row comes once before any comes again, as often as its source's weight says; `replacement`: "
+        "each sample's source is drawn by weight times rows, and its row at random.",
+    )
+    template: Literal[
+        "plain",
+        "v0",
+        "v1",
+        "llava_v1",
+        "v1_mmtag",
+        "llama_2",
+        "llama_2_long",
+        "llama_3",
+        "mistral",
+        "chatml",
+        "nvgpt",
+        "nv_dpo",
+        "mpt",
+        "jinja",
+    ] = key(
+        "v1",
+        "Conversation template (docs/data.md shows each): `plain` for captions, `v1` for Vicuna and LLaVA 1.5; `jinja` "
+        "is the one in `chat_template`.",
+    )
+    chat_template: str | None = key(
+        None, "`jinja`: a Jinja file, or a `tokenizer_config.json` that holds the template, with generation markers."
+    )
+    compat: Literal["none", "neva"] = key(
+        "none", "`neva`: the token stream that NeVA published, with its missing BOS and rewritten ids."
+    )
+    image_position: Literal["in_place", "front"] = key(
+        "in_place", "`front` moves a turn's images before its text (NeMo: sep_image_conv_front)."
+    )
+    max_length: int = key(2048, "Tokens per row, image tokens included.")
+    on_long_row: Literal["error", "drop", "truncate_text"] = key(
+        "error",
+        "A conversation longer than `max_length`: `error` makes it a bad row, `drop` leaves it out, `truncate_text` "
+        "cuts its end off, but never through an image. All are counted.",
+    )
+    length_buckets: list[int] = key(
+        [], "Lengths that batches are padded to, the smallest that holds all rows of a batch; `max_length` is added."
+    )
+    pack: bool = key(False, "Several samples in one row of `max_length`, by a plan made from cached lengths.")
+    segments_per_row: int = key(16, "`pack`: most samples in one row.")
     images_per_row: int = key(1, "Most images in one row.")
-    image_mode: Literal["square", "pad", "anyres"] = key(
+    image_mode: Literal["square", "pad", "keep", "anyres"] = key(
         "square",
-        "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first; `anyres`: the "
+        "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first; `keep`: resize "
+        "with its proportions until it fits, and pad (NeVA's `keep`, on a square); `anyres`: the "
         "whole image and crops of it on the grid that suits it best (LLaVA-NeXT).",
     )
+    exif_rotate: bool = key(True, "Turn photographs upright, as their EXIF orientation says (LLaVA does not).")
+    max_pixels: int = key(40_000_000, "Images of more pixels are refused from their header, before they are decoded.")
     image_grids: list[list[int]] = key(
         [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         "`anyres`: the [height, width] that an image may be cut from, multiples of model.vision.image_size.",
@@ -189,6 +245,10 @@ class DataConfig:
     )
     max_bad_fraction: float = key(0.01, "With `skip`: the run stops when more than this fraction of the rows is bad.")
     workers: int = key(8, "Worker processes that load rows; 0 loads in threads of the main process.")
+    worker_timeout: float = key(300.0, "Seconds without a batch after which the run stops and says what workers do.")
+    cache: str | None = key(
+        None, "Folder of row indexes, lengths and plans; null: neva_jax in $XDG_CACHE_HOME, else in ~/.cache."
+    )
 
 
 @dataclass(frozen=True)

@@ -140,9 +140,12 @@ def test_wandb_off_in_a_file_needs_no_quotes(tmp_path):
 def test_sources_are_replaced_as_a_whole(tmp_path):
     (tmp_path / "run.yaml").write_text("data:\n  train:\n  - {json: a, images: b, weight: 2}\n  - {json: c}\n")
     config = load_config(tmp_path / "run.yaml")
-    assert [dataclasses.astuple(source) for source in config.data.train] == [("a", "b", 2.0), ("c", None, 1.0)]
+    assert [dataclasses.astuple(source) for source in config.data.train] == [
+        ("a", "b", None, 2.0),
+        ("c", None, None, 1.0),
+    ]
     config = load_config(tmp_path / "run.yaml", ["data.train=[{json: d}]"])
-    assert [dataclasses.astuple(source) for source in config.data.train] == [("d", None, 1.0)]
+    assert [dataclasses.astuple(source) for source in config.data.train] == [("d", None, None, 1.0)]
 
 
 # --- out and in again ------------------------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ def test_template_comments_every_example():
     expected = {
         name.rpartition(".")[2]
         for name, item in walk()
-        if name in ("data.train", "data.val") or (item.default is None and name != "profile.start_step")
+        if name in ("data.train", "data.val", "data.length_buckets")
+        or (item.default is None and name != "profile.start_step")
     }
     assert examples == expected
 

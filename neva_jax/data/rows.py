@@ -1,7 +1,7 @@
 """One row of LLaVA JSON, checked: a bad row raises `BadRow`, which names the field and says what is wrong."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,36 @@ class BadRow(Exception):
     """A row that cannot be used; the message names the field."""
 
 
+class DroppedRow(BadRow):
+    """A row left out on purpose (nothing to learn, or too long and `data.on_long_row=drop`): counted, but no error."""
+
+
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; the user's text may hold `<image>` marks, or one `<video>` mark in a row with a video."""
+    """What one side says; the user's text may hold `<image>` marks, or one `<video>` mark in a row with a video.
+
+    label: attributes of an answer (SteerLM: `quality:4,toxicity:0`), for the templates that show them.
+    weight: of an answer in the loss.
+    """
 
     role: str  # user or assistant
     text: str
+    label: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation and what its marks stand for: the images of the `<image>` marks in order, or one video."""
+    """A conversation and what its marks stand for: the images of the `<image>` marks in order, or one video.
+
+    system: the row's own system text; None: the template's.
+    """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     video: str | None = None  # a folder of frames
+    system: str | None = None
 
     def count(self, mark: str) -> int:
         """How often a mark occurs in human turns."""
@@ -40,7 +54,7 @@ class Row:
     def with_frames(self, count: int) -> tuple[Turn, ...]:
         """The turns with the `<video>` mark replaced by `count` `<image>` marks, one for each frame."""
         return tuple(
-            Turn(turn.role, turn.text.replace(VIDEO_MARK, IMAGE_MARK * count)) if turn.role == "user" else turn
+            replace(turn, text=turn.text.replace(VIDEO_MARK, IMAGE_MARK * count)) if turn.role == "user" else turn
             for turn in self.turns
         )
 
