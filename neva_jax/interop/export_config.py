@@ -62,6 +62,7 @@ def text_config(llm: LlmConfig, rows: int, max_length: int, ids: dict[str, int |
         num_key_value_heads=kv_heads(llm),
         max_position_embeddings=llm.rope_original_length if llm.rope_scaling == "dynamic" else max_length,
         initializer_range=llm.init_std,
+        attention_dropout=llm.attention_dropout,
         rms_norm_eps=llm.norm_eps,
         tie_word_embeddings=llm.tie_embeddings,
         rope_parameters=dict(rope),

@@ -141,14 +141,18 @@ def read_llm(raw: Raw, where: str, *also_used: str, **no_effect: str) -> Describ
             f"{where}: field model_type={kind} is not supported; language models are {', '.join(LLM_TYPES)}"
         )
     used = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_theta rope_scaling
-        rope_parameters attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types"""
+        attention_dropout head_dim max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings
+        rope_theta rope_scaling rope_parameters attention_bias mlp_bias sliding_window use_sliding_window
+        max_window_layers layer_types"""
     accept(raw, where, (*used.split(), *also_used), no_effect, hidden_act=("silu",))
     rope = _check_rope(raw, where)
     hf = as_hf(raw, kind, where)
     for name in ("attention_bias", "mlp_bias"):
         if kind != "llama" and raw.get(name):
             raise UserError(f"{where}: field {name}={raw[name]} is none of {kind}'s; remove it")
+    dropout = float(raw.get("attention_dropout") or 0)
+    if not 0 <= dropout < 1:
+        raise UserError(f"{where}: field attention_dropout={dropout} must be in 0 … 1, 1 excluded")
     parameters = hf.rope_parameters
     scaling = parameters["rope_type"]
     original = {
@@ -179,6 +183,7 @@ def read_llm(raw: Raw, where: str, *also_used: str, **no_effect: str) -> Describ
         norm_eps=float(hf.rms_norm_eps),
         tie_embeddings=hf.tie_word_embeddings,
         init_std=float(hf.initializer_range),
+        attention_dropout=dropout,
     )
     if rope == "linear" and llm.rope_factor < 1:
         raise UserError(f"{where}: field rope_scaling.factor={llm.rope_factor} must be at least 1")

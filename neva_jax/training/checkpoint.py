@@ -268,7 +268,10 @@ def _check_shapes(wanted: dict, saved: dict, step_dir: Path) -> None:
             raise UserError(f"{step_dir}: {name} has shape {tuple(shapes[path])}, the configured model {leaf.shape}")
 
 
-MAY_DIFFER = ("freeze", "init_std", "scaled_output_init", "position_init_std")
+MAY_DIFFER = (
+    *("freeze", "init_std", "scaled_output_init", "position_init_std"),
+    *("hidden_dropout", "attention_dropout", "ffn_dropout"),
+)
 RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
 
 

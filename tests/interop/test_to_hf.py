@@ -42,7 +42,8 @@ def hf_config(folder):
 
 
 MATTERS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_parameters attention_bias
+    attention_dropout hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings
+    rope_parameters attention_bias
     mlp_bias sliding_window use_sliding_window layer_types image_size patch_size layer_norm_eps num_channels
     vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias
     image_token_index image_grid_pinpoints"""
