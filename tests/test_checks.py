@@ -49,6 +49,10 @@ def test_the_run_that_every_bad_input_spoils_is_good(good, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_layers_to_recompute_mean_nothing_where_nothing_is_recomputed(good):
+    load_and_check(None, [*good, "train.remat=none", "train.remat_layers=2", "model.vision.freeze=false"])
+
+
 SOURCE = "{{json: {tmp}/file, images: {tmp}/folder}}"
 
 BAD_OVERRIDES = {
@@ -169,6 +173,10 @@ BAD_OVERRIDES = {
         ["model.vision.select_feature=cls_patch", "mlp_downsample"],
     ),
     "position table": (["model.vision.position_image_size=36"], ["position_image_size=36", "patch_size=8"]),
+    "groups with a trained encoder": (
+        ["train.remat_layers=2", "model.vision.freeze=false"],
+        ["train.remat_layers=2", "model.vision.freeze=false"],
+    ),
     "layers to recompute": (["train.remat_layers=3"], ["train.remat_layers=3", "model.llm.num_layers=2"]),
     "negative seed": (["run.seed=-1"], ["run.seed=-1", "negative"]),
     "seed of more than 64 bits": (["run.seed=99999999999999999999"], ["run.seed=99999999999999999999"]),

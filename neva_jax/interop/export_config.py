@@ -6,7 +6,7 @@ from typing import Any
 from neva_jax.config import Config, LlmConfig, VisionConfig, head_dim, image_tokens, kv_heads
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
-from neva_jax.interop.hf_config import ACTIVATIONS, hf_class
+from neva_jax.interop.hf_config import ACTIVATIONS, VISION_FIELDS, hf_class
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -116,14 +116,8 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
     kind = f"{vision.kind}_vision_model"
     return _described(
         kind,
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
+        **{theirs: getattr(vision, ours) for ours, theirs in VISION_FIELDS.items()},
         hidden_act=names[vision.activation],
-        layer_norm_eps=vision.norm_eps,
         **({"vision_use_head": False} if vision.kind == "siglip" else {}),
     )
 

@@ -20,6 +20,16 @@ LLM_TYPES = ("llama", "mistral", "qwen2")
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
+VISION_FIELDS = {  # ours: theirs, with the same value
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+}
+
 NO_EFFECT = {  # reason: fields
     "says where the model comes from, or who wrote the file": """
         _name_or_path _commit_hash model_type architectures transformers_version finetuning_task task_specific_params
@@ -256,15 +266,13 @@ def read_vision(raw: Raw, where: str, select_layer: int = -2, select_feature: st
         return read_vision(vision, f"{where}: vision_config", select_layer, select_feature)
     if kind not in VISION_TYPES:
         raise UserError(f"{where}: field model_type={kind} is not supported; vision encoders are CLIP and SigLIP")
-    used = """hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act
-        layer_norm_eps"""
     reasons = PROJECTION | {
         "initializer_range": COMMON["initializer_factor"],
         "vision_use_head": "SigLIP's pooling, which no image token passes",
         "vocab_size": "of the text side",
         "tie_word_embeddings": "an encoder of images has no word embeddings",
     }
-    accept(raw, where, tuple(used.split()), reasons)
+    accept(raw, where, ("hidden_act", *VISION_FIELDS.values()), reasons)
     hf = as_hf(raw, kind, where)
     if hf.hidden_act not in ACTIVATIONS:
         raise UserError(f"{where}: field hidden_act={hf.hidden_act} is not supported; only {', '.join(ACTIVATIONS)}")
@@ -274,14 +282,8 @@ def read_vision(raw: Raw, where: str, select_layer: int = -2, select_feature: st
     mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if kind.startswith("siglip") else {}
     return VisionConfig(
         kind=kind.split("_")[0],
-        image_size=hf.image_size,
-        patch_size=hf.patch_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
+        **{ours: getattr(hf, theirs) for ours, theirs in VISION_FIELDS.items()},
         activation=ACTIVATIONS[hf.hidden_act],
-        norm_eps=float(hf.layer_norm_eps),
         select_layer=select_layer if select_layer < 0 else select_layer - hf.num_hidden_layers - 1,
         select_feature=select_feature,
         **mean,
