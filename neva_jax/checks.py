@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from neva_jax.config import (
     COMPONENTS,
@@ -13,6 +12,7 @@ from neva_jax.config import (
     head_dim,
     image_tokens,
     kv_heads,
+    lookup,
     padded_vocab,
     projector_layers,
     rotary_width,
@@ -28,7 +28,7 @@ def check(config: Config) -> None:
       UserError: one line that names the key and quotes the numbers.
     """
     for name in ("run.dir", "model.tokenizer", "data.train"):
-        if not _get(config, name):
+        if not lookup(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
     check_ranges(config)
     _check_model(config.model)
@@ -76,13 +76,6 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> int:
     return train.global_batch // rows
 
 
-def _get(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
 _AT_LEAST_ONE = """
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
     data.max_length data.images_per_row model.vision.position_image_size model.llm.sliding_window
@@ -101,6 +94,9 @@ _ABOVE_ZERO = """
     model.llm.init_std model.llm.rope_base model.llm.rope_fraction model.llm.rope_factor model.llm.rope_low_freq_factor
     model.llm.rope_high_freq_factor
 """
+_BELOW_ONE = """
+    optimizer.beta1 optimizer.beta2 model.llm.hidden_dropout model.llm.attention_dropout model.llm.ffn_dropout
+"""
 
 
 def check_ranges(config: Config) -> None:
@@ -110,24 +106,24 @@ def check_ranges(config: Config) -> None:
       UserError: one line with the key and its value.
     """
     for name, _ in walk():
-        value = _get(config, name)
+        value = lookup(config, name)
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value} must be finite")
     if config.run.seed >= 2**32:
         raise UserError(f"run.seed={config.run.seed} must be less than 2^32")
     for name in _AT_LEAST_ONE.split():
-        if (value := _get(config, name)) is not None and value < 1:
+        if (value := lookup(config, name)) is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     for name in _NOT_NEGATIVE.split():
-        if not _get(config, name) >= 0:  # `not >=` also catches NaN
-            raise UserError(f"{name}={_get(config, name)} must not be negative")
+        if not lookup(config, name) >= 0:  # `not >=` also catches NaN
+            raise UserError(f"{name}={lookup(config, name)} must not be negative")
     for name in _ABOVE_ZERO.split():
-        if (value := _get(config, name)) is not None and not value > 0:
+        if (value := lookup(config, name)) is not None and not value > 0:
             raise UserError(f"{name}={value} must be above 0")
-    for name in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= _get(config, name) < 1:
-            raise UserError(f"{name}={_get(config, name)} must be in 0 … 1, 1 excluded")
+    for name in _BELOW_ONE.split():
+        if not 0 <= lookup(config, name) < 1:
+            raise UserError(f"{name}={lookup(config, name)} must be in 0 … 1, 1 excluded")
     for split in ("train", "val"):
         for i, source in enumerate(getattr(config.data, split)):
             if not 0 < source.weight < math.inf:
@@ -267,7 +263,7 @@ def _check_training(config: Config) -> None:
             f"train.remat_layers={train.remat_layers} does not divide model.llm.num_layers={layers}, which "
             "train.remat_method=uniform needs"
         )
-    if not config.model.vision.freeze and train.remat_layers > 1:
+    if train.remat != "none" and not config.model.vision.freeze and train.remat_layers > 1:
         raise UserError(
             f"train.remat_layers={train.remat_layers} with model.vision.freeze=false: groups are of the language "
             "model's layers; use 1"

@@ -121,6 +121,14 @@ class LlmConfig:
     scaled_output_init: bool = key(
         False, "Random output projections of attention and MLP get init_std / sqrt(2 x num_layers), as NeMo's."
     )
+    hidden_dropout: float = key(
+        0.0,
+        "Training zeroes this part of the embeddings (image features among them) and of what attention and MLP add.",
+    )
+    attention_dropout: float = key(
+        0.0, "Training zeroes this part of the attention weights; model.attention=xla alone can, and `auto` takes it."
+    )
+    ffn_dropout: float = key(0.0, "Training zeroes this part of what enters the MLP's output projection.")
     freeze: bool = key(False, "Keep the language model's weights as they are.")
 
 
@@ -373,6 +381,13 @@ def walk(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, datacla
             yield f"{prefix}{item.name}", item
 
 
+def lookup(config: Any, name: str) -> Any:
+    """The value of a dotted key."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
 # --- derived numbers -------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +435,12 @@ def head_dim(llm: LlmConfig) -> int:
 def rotary_width(llm: LlmConfig) -> int:
     """R, the channels of a head that the rotary embedding turns; the rest stay as they are."""
     return int(head_dim(llm) * llm.rope_fraction)
+
+
+def dropout_seed(config: Config) -> int | None:
+    """The seed of the language model's dropout; None where it has none."""
+    llm = config.model.llm
+    return config.run.seed if llm.hidden_dropout or llm.attention_dropout or llm.ffn_dropout else None
 
 
 def padded_vocab(llm: LlmConfig) -> int:

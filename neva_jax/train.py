@@ -14,7 +14,15 @@ import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
-from neva_jax.config import COMPONENTS, Config, derived_comment, frozen_components, parse_mesh_shape, trained_components
+from neva_jax.config import (
+    COMPONENTS,
+    Config,
+    derived_comment,
+    dropout_seed,
+    frozen_components,
+    parse_mesh_shape,
+    trained_components,
+)
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.pipeline import BadRowCount, Batch, batches
 from neva_jax.data.sources import Sources
@@ -123,7 +131,7 @@ def run(config: Config) -> int:
         del params
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
-        train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk)
+        train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk, dropout_seed(config))
         eval_step = make_eval_step(graphdef, config.train.loss_chunk)
         bad_rows = BadRowCount(train_rows, config.data.on_bad_row, config.data.max_bad_fraction, progress["bad_rows"])
         left = (config.train.steps - start) * config.train.global_batch

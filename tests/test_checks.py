@@ -49,6 +49,10 @@ def test_the_run_that_every_bad_input_spoils_is_good(good, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_layers_to_recompute_mean_nothing_where_nothing_is_recomputed(good):
+    load_and_check(None, [*good, "train.remat=none", "train.remat_layers=2", "model.vision.freeze=false"])
+
+
 SOURCE = "{{json: {tmp}/file, images: {tmp}/folder}}"
 
 BAD_OVERRIDES = {
@@ -169,6 +173,10 @@ BAD_OVERRIDES = {
         ["model.vision.select_feature=cls_patch", "mlp_downsample"],
     ),
     "position table": (["model.vision.position_image_size=36"], ["position_image_size=36", "patch_size=8"]),
+    "groups with a trained encoder": (
+        ["train.remat_layers=2", "model.vision.freeze=false"],
+        ["train.remat_layers=2", "model.vision.freeze=false"],
+    ),
     "layers to recompute": (["train.remat_layers=3"], ["train.remat_layers=3", "model.llm.num_layers=2"]),
     "negative seed": (["run.seed=-1"], ["run.seed=-1", "negative"]),
     "seed of more than 64 bits": (["run.seed=99999999999999999999"], ["run.seed=99999999999999999999"]),
@@ -179,6 +187,9 @@ BAD_OVERRIDES = {
     "infinite weight decay": (["optimizer.weight_decay=.inf"], ["optimizer.weight_decay=inf"]),
     "clip at 0": (["optimizer.clip_norm=0"], ["optimizer.clip_norm=0.0", "above 0"]),
     "norm_eps 0": (["model.llm.norm_eps=0"], ["model.llm.norm_eps=0.0", "above 0"]),
+    "hidden_dropout is 1": (["model.llm.hidden_dropout=1"], ["model.llm.hidden_dropout=1.0", "1 excluded"]),
+    "attention_dropout negative": (["model.llm.attention_dropout=-0.1"], ["model.llm.attention_dropout=-0.1"]),
+    "ffn_dropout NaN": (["model.llm.ffn_dropout=.nan"], ["model.llm.ffn_dropout=nan"]),
     "beta1 is 1": (["optimizer.beta1=1"], ["optimizer.beta1=1.0"]),
     "beta2 negative": (["optimizer.beta2=-0.1"], ["optimizer.beta2=-0.1"]),
     "beta2 NaN": (["optimizer.beta2=.nan"], ["optimizer.beta2=nan"]),

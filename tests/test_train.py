@@ -408,6 +408,18 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(arrange, start, validated, v
     assert differing(state(run, 4), state(validated, 4)) == []
 
 
+def test_a_run_with_dropout_goes_on_bit_for_bit(start, base, sigterm_expected, tmp_path):
+    dropout = [f"model.llm.{name}_dropout=0.2" for name in ("hidden", "attention", "ffn")]
+    assert start(tmp_path / "whole", *dropout) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        sigterm_before_data(patch)
+        assert start(tmp_path / "run", *dropout) == 143
+    assert start(tmp_path / "run", *dropout, "run.resume=must") == 0
+    assert repeatable(tmp_path / "run") == repeatable(tmp_path / "whole")
+    assert differing(state(tmp_path / "run", 4), state(tmp_path / "whole", 4)) == []
+    assert losses(tmp_path / "whole")[1] != losses(base)[1]
+
+
 def test_a_stop_during_the_last_step_loses_nothing(start, validated, validation, sigterm_expected, tmp_path):
     run, settings = tmp_path / "run", [*validation, "eval.every=3"]
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,7 @@ from typing import Any
 from neva_jax.config import Config, LlmConfig, VisionConfig, head_dim, image_tokens, kv_heads
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
-from neva_jax.interop.hf_config import ACTIVATIONS, hf_class
+from neva_jax.interop.hf_config import ACTIVATIONS, VISION_FIELDS, hf_class
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -62,6 +62,7 @@ def text_config(llm: LlmConfig, rows: int, max_length: int, ids: dict[str, int |
         num_key_value_heads=kv_heads(llm),
         max_position_embeddings=llm.rope_original_length if llm.rope_scaling == "dynamic" else max_length,
         initializer_range=llm.init_std,
+        attention_dropout=llm.attention_dropout,
         rms_norm_eps=llm.norm_eps,
         tie_word_embeddings=llm.tie_embeddings,
         rope_parameters=dict(rope),
@@ -115,14 +116,8 @@ def vision_config(vision: VisionConfig) -> dict[str, Any]:
     kind = f"{vision.kind}_vision_model"
     return _described(
         kind,
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.intermediate_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
+        **{theirs: getattr(vision, ours) for ours, theirs in VISION_FIELDS.items()},
         hidden_act=names[vision.activation],
-        layer_norm_eps=vision.norm_eps,
         **({"vision_use_head": False} if vision.kind == "siglip" else {}),
     )
 

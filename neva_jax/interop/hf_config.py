@@ -20,6 +20,16 @@ LLM_TYPES = ("llama", "mistral", "qwen2")
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
+VISION_FIELDS = {  # ours: theirs, with the same value
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+}
+
 NO_EFFECT = {  # reason: fields
     "says where the model comes from, or who wrote the file": """
         _name_or_path _commit_hash model_type architectures transformers_version finetuning_task task_specific_params
@@ -141,14 +151,18 @@ def read_llm(raw: Raw, where: str, *also_used: str, **no_effect: str) -> Describ
             f"{where}: field model_type={kind} is not supported; language models are {', '.join(LLM_TYPES)}"
         )
     used = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-        head_dim max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_theta rope_scaling
-        rope_parameters attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types"""
+        attention_dropout head_dim max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings
+        rope_theta rope_scaling rope_parameters attention_bias mlp_bias sliding_window use_sliding_window
+        max_window_layers layer_types"""
     accept(raw, where, (*used.split(), *also_used), no_effect, hidden_act=("silu",))
     rope = _check_rope(raw, where)
     hf = as_hf(raw, kind, where)
     for name in ("attention_bias", "mlp_bias"):
         if kind != "llama" and raw.get(name):
             raise UserError(f"{where}: field {name}={raw[name]} is none of {kind}'s; remove it")
+    dropout = float(raw.get("attention_dropout") or 0)
+    if not 0 <= dropout < 1:
+        raise UserError(f"{where}: field attention_dropout={dropout} must be in 0 … 1, 1 excluded")
     parameters = hf.rope_parameters
     scaling = parameters["rope_type"]
     original = {
@@ -179,6 +193,7 @@ def read_llm(raw: Raw, where: str, *also_used: str, **no_effect: str) -> Describ
         norm_eps=float(hf.rms_norm_eps),
         tie_embeddings=hf.tie_word_embeddings,
         init_std=float(hf.initializer_range),
+        attention_dropout=dropout,
     )
     if rope == "linear" and llm.rope_factor < 1:
         raise UserError(f"{where}: field rope_scaling.factor={llm.rope_factor} must be at least 1")
@@ -251,15 +266,13 @@ def read_vision(raw: Raw, where: str, select_layer: int = -2, select_feature: st
         return read_vision(vision, f"{where}: vision_config", select_layer, select_feature)
     if kind not in VISION_TYPES:
         raise UserError(f"{where}: field model_type={kind} is not supported; vision encoders are CLIP and SigLIP")
-    used = """hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act
-        layer_norm_eps"""
     reasons = PROJECTION | {
         "initializer_range": COMMON["initializer_factor"],
         "vision_use_head": "SigLIP's pooling, which no image token passes",
         "vocab_size": "of the text side",
         "tie_word_embeddings": "an encoder of images has no word embeddings",
     }
-    accept(raw, where, tuple(used.split()), reasons)
+    accept(raw, where, ("hidden_act", *VISION_FIELDS.values()), reasons)
     hf = as_hf(raw, kind, where)
     if hf.hidden_act not in ACTIVATIONS:
         raise UserError(f"{where}: field hidden_act={hf.hidden_act} is not supported; only {', '.join(ACTIVATIONS)}")
@@ -269,14 +282,8 @@ def read_vision(raw: Raw, where: str, select_layer: int = -2, select_feature: st
     mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if kind.startswith("siglip") else {}
     return VisionConfig(
         kind=kind.split("_")[0],
-        image_size=hf.image_size,
-        patch_size=hf.patch_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
+        **{ours: getattr(hf, theirs) for ours, theirs in VISION_FIELDS.items()},
         activation=ACTIVATIONS[hf.hidden_act],
-        norm_eps=float(hf.layer_norm_eps),
         select_layer=select_layer if select_layer < 0 else select_layer - hf.num_hidden_layers - 1,
         select_feature=select_feature,
         **mean,

@@ -147,8 +147,3 @@ class SavedArrays:
             raise UserError(
                 f"{self._folder}: parameter {name} cannot be read ({' '.join(str(error).split())})"
             ) from None
-
-
-def by_layer(store: tensorstore.TensorStore) -> bool:
-    """Whether a layer can be read without reading the others."""
-    return store.chunk_layout.read_chunk.shape[0] == 1

@@ -21,7 +21,7 @@ from neva_jax.interop.export_config import llava_config, special_ids, text_confi
 from neva_jax.interop.export_files import chat_template, image_token_id, write_processor, write_tokenizer
 from neva_jax.interop.names import Parameter, parameters
 from neva_jax.interop.output import check_folder, readable, replacing_folder
-from neva_jax.interop.store import SavedArrays, by_layer
+from neva_jax.interop.store import SavedArrays
 from neva_jax.interop.tensors import DTYPE_NAMES, SafetensorsWriter
 from neva_jax.training.checkpoint import Meta, available_components, locate, read_meta
 
@@ -175,15 +175,14 @@ def _write_weights(
 
 
 def _layers(entry: Entry) -> Iterator[tuple[str, np.ndarray, int]]:
+    """Each layer's tensor. As many layers are read at a time as lie in a chunk: the first of them would read it all."""
     parameter, store = entry.parameter, entry.store
-    stacked = parameter.layers is not None
-    # A checkpoint of a training run has whole shards as its chunks: reading it layer by layer would read it L times.
-    whole = store if stacked and by_layer(store) else _read(store)
-    for layer, name in enumerate(entry.names):
-        ours = whole[layer] if stacked else whole
-        if isinstance(ours, tensorstore.TensorStore):
-            ours = _read(ours)
-        yield name, parameter.to_theirs(ours).astype(entry.dtype, copy=False), 0
+    step = 1 if parameter.layers is None else store.chunk_layout.read_chunk.shape[0]
+    for start in range(0, len(entry.names), step):
+        names = entry.names[start : start + step]
+        block = [_read(store)] if parameter.layers is None else _read(store[start : start + step])
+        for name, ours in zip(names, block, strict=True):
+            yield name, parameter.to_theirs(ours).astype(entry.dtype, copy=False), 0
 
 
 def _vocabulary(entry: Entry, vocabulary: int) -> Iterator[tuple[str, np.ndarray, int]]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from neva_jax.errors import UserError
+from neva_jax.models.layers import dropout
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -26,6 +27,8 @@ def attend(
     positions: jax.Array | None = None,
     window: int | None = None,
     backend: str = "xla",
+    dropout_rate: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads.
 
@@ -36,17 +39,20 @@ def attend(
       segment_ids: [B, T] i32, T = S: attention stays inside a segment. None: one segment per row.
       positions: [B, T] i32: keys are a cache whose slot j holds position j; token at position p sees slots 0 ... p.
       window: W, tokens that a token sees, itself included; only with a causal mask. None: all.
-      backend: `xla`, or `cudnn` (bf16 or fp16 on a GPU; no segments, no cache).
+      backend: `xla`, or `cudnn` (bf16 or fp16 on a GPU; no segments, no cache, no dropout).
+      dropout_rate, rng: part of the weights that is zeroed, and by which key; None zeroes nothing.
 
     Returns:
       [B, T, H, K] in q's dtype; scores and softmax are fp32.
 
     Raises:
-      ValueError: a mask that the backend does not have.
+      ValueError: a mask that the backend does not have, or dropout.
     """
     if backend == "cudnn":
         if segment_ids is not None or positions is not None:
             raise ValueError("attention backend cudnn masks causally only; use xla for segments or a cache")
+        if dropout_rate and rng is not None:
+            raise ValueError("attention backend cudnn has no dropout; use xla")
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn")
     b, t, h, width = q.shape
@@ -56,7 +62,7 @@ def attend(
     mask = _mask(t, k.shape[1], causal, segment_ids, positions, window)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = dropout(jax.nn.softmax(scores, axis=-1).astype(v.dtype), dropout_rate, rng)
     return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(b, t, h, width)
 
 
@@ -81,12 +87,19 @@ def _mask(
     return mask
 
 
-def choose_backend(name: str, dtype: jnp.dtype, width: int) -> str:
+def choose_backend(name: str, dtype: jnp.dtype, width: int, dropout_rate: float = 0.0) -> str:
     """The kernel for heads of K = `width`: `auto` -> `cudnn` where it runs, else `xla`; other names stay.
 
     Raises:
-      UserError: `cudnn` is asked for where it does not run.
+      UserError: `cudnn` is asked for where it does not run, or with dropout.
     """
+    if dropout_rate and name == "cudnn":
+        # jax.nn.dot_product_attention has no argument for it, and cuDNN's own random bits follow the layout.
+        raise UserError(
+            f"model.attention=cudnn has no dropout (model.llm.attention_dropout={dropout_rate}); use auto or xla"
+        )
+    if dropout_rate:
+        return "xla"
     device = jax.devices()[0]
     on_gpu = device.platform == "gpu" and "NVIDIA" in device.device_kind.upper()
     # jax.nn.dot_product_attention's own conditions; Ampere is 8.0.

@@ -55,6 +55,16 @@ def param(
     return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
+def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
+    """Each element is 0 with probability `rate` and divided by 1 - rate otherwise; rng None: x as it is.
+
+    What is zeroed depends on `rng` and the shape alone, not on the mesh: JAX's threefry is partitionable.
+    """
+    if rng is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(rng, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
 class LayerNorm(nnx.Module):
     """Layer norm over the last dimension, computed in fp32 (torch.nn.LayerNorm)."""
 

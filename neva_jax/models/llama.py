@@ -12,7 +12,7 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig, head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, attend
-from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, normal, param, scan_layers
+from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain
 
 
@@ -106,9 +106,15 @@ class Block(nnx.Module):
         angles: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None = None,
         cache: LayerCache | None = None,
+        rng: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens)."""
+        """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens).
+
+        With `rng`, dropout where NeMo has it: on the attention weights, the products inside the MLP, and what attention
+        and MLP add to x.
+        """
         dtype, config, window = x.dtype, self.config, self.config.sliding_window
+        rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
 
         def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
             y = jnp.einsum(equation, x, getattr(self, name)[...].astype(dtype))
@@ -123,18 +129,26 @@ class Block(nnx.Module):
             k = constrain(k, "batch", "length", "kv_heads", "head_dim")
             v = constrain(v, "batch", "length", "kv_heads", "head_dim")
             if cache is None:
-                attended = attend(q, k, v, segment_ids=segment_ids, window=window, backend=self.backend)
+                attended = attend(
+                    *(q, k, v),
+                    segment_ids=segment_ids,
+                    window=window,
+                    backend=self.backend,
+                    dropout_rate=config.attention_dropout,
+                    rng=rngs[0],
+                )
             else:
                 cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
                 attended = attend(q, cache.k, cache.v, positions=positions, window=window)
-            x = x + linear("bthk,hkd->btd", attended, "o", config.o_bias)
+            x = x + dropout(linear("bthk,hkd->btd", attended, "o", config.o_bias), config.hidden_dropout, rngs[1])
             x = constrain(x, "batch", "length", "features")
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
             gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
             up = linear("btd,df->btf", y, "up", config.mlp_bias)
             inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-            x = x + linear("btf,fd->btd", inner, "down", config.mlp_bias)
+            inner = dropout(inner, config.ffn_dropout, rngs[2])
+            x = x + dropout(linear("btf,fd->btd", inner, "down", config.mlp_bias), config.hidden_dropout, rngs[3])
             return constrain(x, "batch", "length", "features"), cache
 
 
@@ -165,6 +179,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: LayerCache | None = None,
+        rng: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Runs the decoder.
 
@@ -173,19 +188,24 @@ class Llama(nnx.Module):
           positions: [B, T] i32, for the rotary embedding; with a cache also the slots that are written.
           segment_ids: [B, T] i32, or None for one segment per row.
           cache: [L, B, S, G, K] keys and values, or None.
+          rng: the key of dropout; None: no dropout.
 
         Returns:
           (normed hidden states [B, T, D], the cache with the new tokens or None)
         """
         angles = rotary_angles(positions, self.config)
+        layer_rngs = None
+        if rng is not None:
+            rngs = jax.random.split(rng, self.config.num_layers + 1)
+            x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
         x = constrain(x, "batch", "length", "features")
         x, cache = scan_layers(
             self.layers,
             x,
-            per_layer=cache,
+            per_layer=(cache, layer_rngs),
             remat=self.remat if cache is None else NO_REMAT,
             unroll=self.unroll,
-            call=lambda layer, x, layer_cache: layer(x, positions, angles, segment_ids, layer_cache),
+            call=lambda layer, x, own: layer(x, positions, angles, segment_ids, *own),
         )
         return self.norm(x), cache
 

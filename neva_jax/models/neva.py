@@ -36,7 +36,7 @@ class Neva(nnx.Module):
         vision_remat = NO_REMAT if config.vision.freeze else remat
         self.vision = Vision(rngs, config.vision, dtype, vision_remat)
         self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
-        backend = choose_backend(config.attention, dtype, head_dim(config.llm))
+        backend = choose_backend(config.attention, dtype, head_dim(config.llm), config.llm.attention_dropout)
         self.llm = Llama(rngs, config.llm, dtype, backend, remat, unroll)
 
     def image_features(self, images: jax.Array) -> jax.Array:
@@ -56,7 +56,11 @@ class Neva(nnx.Module):
         return jnp.where(image_slots[:, :, None] == NEWLINE_SLOT, self.projector.newline[...].astype(x.dtype), x)
 
     def __call__(
-        self, batch: dict[str, jax.Array], packed: bool = False, cache: LayerCache | None = None
+        self,
+        batch: dict[str, jax.Array],
+        packed: bool = False,
+        cache: LayerCache | None = None,
+        rng: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Hidden states of a batch.
 
@@ -64,12 +68,13 @@ class Neva(nnx.Module):
           batch: `tokens`, `positions`, `segment_ids`, `image_slots` [B, T] i32 and `images` [B, K, S, S, 3] uint8.
           packed: rows may hold several segments; otherwise `segment_ids` is not read.
           cache: keys and values to extend; None in training.
+          rng: the key of the language model's dropout; None: no dropout.
 
         Returns:
           (hidden [B, T, D] ready for `llm.logits`, the extended cache or None)
         """
         x = self.embed(batch["tokens"], batch["images"], batch["image_slots"])
-        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache)
+        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache, rng)
 
 
 def abstract_model(

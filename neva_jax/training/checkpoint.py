@@ -30,6 +30,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 
 FORMAT = 1
+CHUNK_BYTES = 64 * 2**20
 VERSIONED = ("neva_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -165,6 +166,14 @@ def _read_tokenizer(folder: Path, described: dict) -> Tokenizer:
     return tokenizer
 
 
+def _chunks(path: tuple, array: jax.Array) -> ocp.SaveArgs:
+    """A large parameter is stored in pieces of a layer or less: what reads it piece by piece never holds it whole."""
+    stacked = any(part.key == "layers" for part in path)
+    if array.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save when it is left."""
 
@@ -181,10 +190,14 @@ class Checkpoints:
     def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta) -> None:
         """Starts to save; returns once the arrays are copied, and they are written while training goes on."""
         state = {"params": params, "optimizer": optimizer, "step": step}
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(), state)
+        chunks["params"] = jax.tree_util.tree_map_with_path(_chunks, params)
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(data), meta=SaveFiles(meta.files())
+                state=ocp.args.PyTreeSave(state, save_args=chunks),
+                data=ocp.args.JsonSave(data),
+                meta=SaveFiles(meta.files()),
             ),
         )
         if not saved:
@@ -268,7 +281,10 @@ def _check_shapes(wanted: dict, saved: dict, step_dir: Path) -> None:
             raise UserError(f"{step_dir}: {name} has shape {tuple(shapes[path])}, the configured model {leaf.shape}")
 
 
-MAY_DIFFER = ("freeze", "init_std", "scaled_output_init", "position_init_std")
+MAY_DIFFER = (
+    *("freeze", "init_std", "scaled_output_init", "position_init_std"),
+    *("hidden_dropout", "attention_dropout", "ffn_dropout"),
+)
 RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from neva_jax.config import COMPONENTS, Config, walk
+from neva_jax.config import COMPONENTS, Config, lookup, walk
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, read_meta
@@ -48,11 +48,5 @@ def _ends(tokenizer: Tokenizer) -> str:
 
 def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ -> (value before, value now)."""
-
-    def value(config: Any, name: str) -> Any:
-        for part in name.split("."):
-            config = getattr(config, part)
-        return config
-
-    pairs = {name: (value(before, name), value(now, name)) for name, _ in walk()}
+    pairs = {name: (lookup(before, name), lookup(now, name)) for name, _ in walk()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -17,6 +17,7 @@ from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
 Arrays = dict[str, jax.Array]
+Part = tuple[Arrays, jax.Array | None]  # a micro batch and its key of dropout
 
 
 class TrainState(NamedTuple):
@@ -27,41 +28,60 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def batch_nll(graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int) -> jax.Array:
-    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32."""
+def batch_nll(
+    graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int, rng: jax.Array | None = None
+) -> jax.Array:
+    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32; `rng` is dropout's key."""
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(micro)
+    hidden, _ = model(micro, rng=rng)
     return weighted_nll(model.llm.logits, hidden, micro["targets"], micro["loss_weights"], chunk)
 
 
 def gradients(
-    graphdef: nnx.GraphDef, trained: Parameters, frozen: Parameters, batch: Arrays, chunk: int
+    graphdef: nnx.GraphDef,
+    trained: Parameters,
+    frozen: Parameters,
+    batch: Arrays,
+    chunk: int,
+    rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Parameters]:
-    """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters."""
+    """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters.
+
+    Micro batch a drops out by the key fold_in(rng, a); rng None: no dropout.
+    """
     weights = jnp.sum(batch["loss_weights"])
+    count = batch["tokens"].shape[0]
+    rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
-    def micro_loss(trained: Parameters, micro: Arrays) -> jax.Array:
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk) / weights
+    def micro_loss(trained: Parameters, part: Part) -> jax.Array:
+        micro, rng = part
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, rng) / weights
 
-    def accumulate(total: tuple[jax.Array, Parameters], micro: Arrays) -> tuple[tuple[jax.Array, Parameters], None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, micro)), None
+    def accumulate(total: tuple[jax.Array, Parameters], part: Part) -> tuple[tuple[jax.Array, Parameters], None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, part)), None
 
-    if batch["tokens"].shape[0] == 1:
-        return jax.value_and_grad(micro_loss)(trained, jax.tree.map(lambda x: x[0], batch))
+    if count == 1:
+        return jax.value_and_grad(micro_loss)(trained, jax.tree.map(lambda x: x[0], (batch, rngs)))
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-    return jax.lax.scan(accumulate, zero, batch)[0]
+    return jax.lax.scan(accumulate, zero, (batch, rngs))[0]
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, chunk: int
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    chunk: int,
+    dropout_seed: int | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
-    Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars.
+    Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars. Dropout is a function of (`dropout_seed`,
+    step, micro batch, layer), so a resumed run repeats it; None for a model without.
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
-        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk)
+        rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, rng)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics

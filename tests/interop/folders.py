@@ -36,7 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama_tied": LLAMA | {"tie_word_embeddings": True},
     "llama_head_dim": LLAMA | {"head_dim": 6, "num_key_value_heads": 4},
-    "llama_biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama_biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1},
     "llama_linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
     "llama_dynamic": LLAMA | {"max_position_embeddings": 8, "rope_scaling": {"type": "dynamic", "factor": 3.0}},
     "llama3": LLAMA | {"rope_parameters": LLAMA3},

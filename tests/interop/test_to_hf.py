@@ -3,21 +3,28 @@
 import dataclasses
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
 import transformers
+from flax import nnx
 from PIL import Image
 
+from neva_jax.config import Config, LlmConfig, ModelConfig
 from neva_jax.data.rows import Turn
 from neva_jax.data.templates import TEMPLATES, encode_conversation
 from neva_jax.data.tiles import image_span, picture
 from neva_jax.errors import UserError
 from neva_jax.interop import to_hf as to_hf_module
 from neva_jax.interop.export_config import text_config
+from neva_jax.interop.names import llm_parameters
 from neva_jax.interop.tensors import open_weights
 from neva_jax.training.checkpoint import Checkpoints, Meta, locate, read_meta
 from tests.interop import folders
@@ -42,7 +49,8 @@ def hf_config(folder):
 
 
 MATTERS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_parameters attention_bias
+    attention_dropout hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings
+    rope_parameters attention_bias
     mlp_bias sliding_window use_sliding_window layer_types image_size patch_size layer_norm_eps num_channels
     vision_feature_layer vision_feature_select_strategy projector_hidden_act multimodal_projector_bias
     image_token_index image_grid_pinpoints"""
@@ -167,6 +175,54 @@ def test_a_checkpoint_of_a_training_run_and_its_base(from_hf, to_hf, tmp_path):
     for step in (7, 8):
         exported = to_hf(tmp_path / "run" / "checkpoints" / str(step), tmp_path / f"exported{step}")
         assert_bits_equal(tensors(exported), expected)
+
+
+LARGE = LlmConfig(
+    vocab_size=400,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_layers=80,
+    num_heads=4,
+    head_dim=16,
+    tie_embeddings=True,
+)
+EXPORT = """
+import sys
+from neva_jax.interop import hf_config, to_hf
+from neva_jax.convert import main
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+hf_config.hf_class("llama", "")
+before = peak()
+assert main(["to-hf", "--text-only", *sys.argv[1:]]) == 0
+print("kilobytes:", peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux's /proc")
+def test_a_training_checkpoint_is_exported_layer_by_layer(tokenizer, tmp_path):
+    """Three stacked parameters of 80 MiB each, 80 layers of 1 MiB: none of them is ever in memory."""
+    draw = np.random.default_rng(0)
+
+    def values(parameter):
+        stack = () if parameter.layers is None else (parameter.layers,)
+        return jnp.asarray(draw.standard_normal((*stack, *parameter.ours), np.float32))
+
+    params = nnx.traversals.unflatten_mapping({p.path: values(p) for p in llm_parameters(LARGE, LARGE.vocab_size)})
+    config = Config(model=ModelConfig(llm=LARGE))
+    with Checkpoints(tmp_path / "run", keep=None) as checkpoints:
+        checkpoints.save(3, {"llm": params}, {}, {}, Meta(3, config, ("llm",), None, tokenizer))
+    out = tmp_path / "exported"
+    command = [sys.executable, "-c", EXPORT, f"--checkpoint={tmp_path / 'run'}", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.rsplit("kilobytes:", 1)[1]) < 75 * 1024, done.stdout
+    written = tensors(out)
+    for layer in (0, 41, 79):
+        down = written[f"model.layers.{layer}.mlp.down_proj.weight"]
+        np.testing.assert_array_equal(down, params["layers"]["down"][layer].T)
 
 
 # --- tokenizer, processor, template ----------------------------------------------------------------------------------

@@ -183,3 +183,42 @@ def test_backend_on_a_gpu(monkeypatch, kind, capability, dtype, width, expected)
     else:
         with pytest.raises(UserError, match=r"model\.attention=cudnn needs"):
             choose_backend("cudnn", dtype, width)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_of_the_weights_keeps_the_mean():
+    q, k, v = _qkv(groups=2)
+    expected = attend(q, k, v)
+    rngs = jax.random.split(jax.random.key(0), 4000)
+    drawn = jax.jit(jax.vmap(lambda rng: attend(q, k, v, dropout_rate=0.3, rng=rng)))(rngs)
+    # The output is linear in the weights. 5 standard errors, of as many numbers as there are.
+    error = np.std(drawn, axis=0) / np.sqrt(len(rngs))
+    np.testing.assert_array_less(np.abs(np.mean(drawn, axis=0) - expected), 5 * error + 1e-5)
+    # The first token sees itself alone: all or nothing.
+    first = np.asarray(drawn[:, 0, 0, 0, 0]) / float(expected[0, 0, 0, 0])
+    np.testing.assert_allclose(np.unique(np.round(first, 4)), [0, np.round(1 / 0.7, 4)], atol=1e-3)
+    assert np.mean(first == 0) == pytest.approx(0.3, abs=0.03)
+
+
+def test_heads_and_rows_drop_out_independently():
+    q, k, v = _qkv()
+    dropped = np.asarray(attend(q, k, v, dropout_rate=0.5, rng=jax.random.key(0)))[:, 0, :, 0] == 0
+    assert 0 < dropped.sum() < dropped.size
+
+
+def test_cudnn_refuses_dropout():
+    with pytest.raises(ValueError, match="cudnn has no dropout"):
+        attend(*_qkv(), backend="cudnn", dropout_rate=0.1, rng=jax.random.key(0))
+
+
+def test_backend_with_dropout(monkeypatch):
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert choose_backend("auto", jnp.bfloat16, 128, 0.1) == "xla"
+    assert choose_backend("xla", jnp.bfloat16, 128, 0.1) == "xla"
+    with pytest.raises(UserError, match=r"model\.attention=cudnn has no dropout .*attention_dropout=0\.1"):
+        choose_backend("cudnn", jnp.bfloat16, 128, 0.1)

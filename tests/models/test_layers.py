@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from neva_jax.config import ProjectorConfig
-from neva_jax.models.layers import NO_REMAT, LayerNorm, Remat, RMSNorm, param, scan_layers
+from neva_jax.models.layers import NO_REMAT, LayerNorm, Remat, RMSNorm, dropout, param, scan_layers
 from neva_jax.models.projector import Projector, join_neighbours
 from neva_jax.models.vision import ACTIVATIONS
 
@@ -252,3 +252,26 @@ def test_a_stacked_parameter_has_the_layers_first():
     assert (stacked.shape, stacked.get_metadata()["axes"]) == ((3, 4, 2), ("layers", "embed", None))
     assert stacked.dtype == jnp.float32
     assert not np.array_equal(stacked[0], stacked[1])  # each layer has numbers of its own
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_a_part_and_keeps_the_mean(rate, dtype):
+    x = jnp.full((200, 500), 3, dtype)
+    y = dropout(x, rate, jax.random.key(0))
+    assert y.dtype == dtype
+    zeros = np.asarray(y == 0)
+    # Four standard deviations of a mean of 100000 coins.
+    assert abs(zeros.mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / zeros.size)
+    np.testing.assert_allclose(np.asarray(y, np.float32)[~zeros], 3 / (1 - rate), rtol=2**-8)
+    np.testing.assert_array_equal(y, dropout(x, rate, jax.random.key(0)))
+    assert np.any(y != dropout(x, rate, jax.random.key(1)))
+
+
+def test_no_dropout_is_the_array_itself():
+    x = jnp.ones(3)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x

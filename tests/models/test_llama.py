@@ -11,7 +11,7 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig
 from neva_jax.models.layers import NO_REMAT, Remat
-from neva_jax.models.llama import Llama, empty_cache, rotary_angles, rotate
+from neva_jax.models.llama import Block, Llama, empty_cache, rotary_angles, rotate
 from tests.models.helpers import (
     assert_gradients_close,
     graph,
@@ -348,3 +348,87 @@ def test_dynamic_rope_does_not_see_other_rows():
     for ours, plain in zip(together, rotary_angles(positions, _llm()), strict=True):
         np.testing.assert_allclose(ours[0], plain[0], rtol=0, atol=1e-6)
         assert np.abs(ours[1:] - plain[1:]).max(axis=(1, 2)).min() > 0.1
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+ALL = 1 - 1e-7  # zeroes everything, with this key
+TINY = LlmConfig(
+    vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4, num_kv_heads=2, init_std=0.2
+)
+
+
+def _tiny(remat=NO_REMAT, unroll=1, **rates):
+    return Llama(nnx.Rngs(0), dataclasses.replace(TINY, **rates), jnp.float32, "xla", remat, unroll)
+
+
+def _hidden(model, seed=0):
+    """[2, 6, D] of random embeddings, with dropout by the key `seed`; None: without."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 32)), jnp.float32)
+    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    return x, model(x, positions, rng=None if seed is None else jax.random.key(seed))[0]
+
+
+def test_hidden_dropout_is_after_the_embedding_and_on_both_branches():
+    assert not np.any(_hidden(_tiny(hidden_dropout=ALL))[1])
+    block = Block(nnx.Rngs(0), dataclasses.replace(TINY, hidden_dropout=ALL, mlp_bias=True), "xla")
+    block.down_bias[...] = jnp.ones(32)  # the bias belongs to the branch
+    x, angles = _hidden(_tiny())[0], rotary_angles(jnp.broadcast_to(jnp.arange(6), (2, 6)), TINY)
+    np.testing.assert_array_equal(block(x, None, angles, rng=jax.random.key(0))[0], x)
+
+
+@pytest.mark.parametrize(("rate", "silenced"), [("attention_dropout", "o"), ("ffn_dropout", "down")])
+def test_other_dropouts_silence_their_branch(rate, silenced):
+    model, without = _tiny(**{rate: ALL}), _tiny()
+    kernel = getattr(without.layers, silenced)
+    kernel[...] = jnp.zeros_like(kernel[...])
+    dropped = _hidden(model)[1]
+    np.testing.assert_allclose(dropped, _hidden(without, None)[1], rtol=0, atol=1e-5)
+    assert np.any(np.abs(dropped - _hidden(_tiny(), None)[1]) > 0.1)
+
+
+RATES = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "ffn_dropout": 0.1}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_each_layer_and_key_drops_out_otherwise(rate):
+    """Equal layers: with the same masks in all of them, a layer's output would depend on its input alone."""
+    model = _tiny(**{rate: 0.5})
+    drawn = [np.asarray(_hidden(model, seed)[1]) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.any(drawn[0] != drawn[2])
+    np.testing.assert_array_equal(_hidden(model, None)[1], _hidden(_tiny(), None)[1])
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "bernoulli", lambda rng, p, shape: seen.append(rng) or jnp.ones(shape, bool))
+        patch.setattr("neva_jax.models.llama.scan_layers", _by_hand)
+        _hidden(model)
+    keys = {tuple(np.asarray(jax.random.key_data(rng))) for rng in seen}
+    assert len(keys) == len(seen) == {"hidden_dropout": 9, "attention_dropout": 4, "ffn_dropout": 4}[rate]
+
+
+def _by_hand(stack, x, *, per_layer, call, **_):
+    graphdef, parameters = nnx.split(stack)
+    for layer in range(TINY.num_layers):
+        own_parameters, own = jax.tree.map(lambda a, layer=layer: a[layer], (parameters, per_layer))
+        x, _ = call(nnx.merge(graphdef, own_parameters), x, own)
+    return x, None
+
+
+def _dropped_loss_and_gradients(remat, unroll):
+    graphdef, params = nnx.split(_tiny(remat, unroll, **RATES))
+    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(_hidden(nnx.merge(graphdef, params))[1] ** 3)))(params)
+
+
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [(Remat("full"), 1), (Remat("dots"), 2), (Remat("full", "uniform", 2), 1), (Remat("full", "block", 3), 1)],
+    ids=str,
+)
+def test_what_is_recomputed_drops_out_as_before(remat, unroll):
+    loss, grads = _dropped_loss_and_gradients(NO_REMAT, 1)
+    other_loss, other_grads = _dropped_loss_and_gradients(remat, unroll)
+    assert float(other_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert_gradients_close(
+        *(nnx.to_pure_dict(jax.tree.map(np.asarray, tree)) for tree in (other_grads, grads)), rtol=1e-5
+    )

@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 from neva_jax.config import Config, DataConfig, PrecisionConfig
 from neva_jax.configfile import to_dict
 from neva_jax.errors import UserError
+from neva_jax.interop.store import SavedArrays
 from neva_jax.parallel.mesh import make_mesh, one_device_mesh
+from neva_jax.training import checkpoint
 from neva_jax.training.checkpoint import (
     Checkpoints,
     Meta,
@@ -114,6 +116,26 @@ def test_a_state_is_restored_bit_for_bit_onto_any_mesh(saved_on, restored_on, to
     assert restored_data == data
     assert {leaf.dtype for leaf in jax.tree.leaves(restored_params["vision"])} == {BF16}
     assert {leaf.dtype for leaf in jax.tree.leaves(restored_params["llm"])} == {FP32}
+
+
+@pytest.mark.parametrize("saved_on", [one_device_mesh, eight_devices])
+def test_large_parameters_are_stored_in_pieces_of_a_layer_or_less(saved_on, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
+    params, optimizer = random_state(saved_on())
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(3, params, optimizer, {}, Meta(3, CONFIG, ALL, None, tokenizer))
+    saved = SavedArrays(tmp_path / "checkpoints" / "3")
+
+    def piece(*path):
+        return saved.open(path).chunk_layout.read_chunk.shape
+
+    assert piece("llm", "layers", "gate")[0] == 1  # [2, 32, 48] f32: 12288 bytes
+    assert np.prod(piece("llm", "layers", "gate")) * 4 <= 2048
+    assert np.prod(piece("llm", "embedding")) * 4 <= 2048
+    assert piece("llm", "layers", "attention_norm", "scale")[0] == 2  # small enough for one
+    abstract = abstract_state(eight_devices())
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert_same(checkpoints.restore(3, *abstract)[:2], (params, optimizer))
 
 
 def test_a_part_of_the_parameters_can_be_restored(tokenizer, tmp_path):

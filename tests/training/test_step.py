@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from neva_jax.config import OptimizerConfig, frozen_components, trained_components
-from neva_jax.models.neva import random_parameters
+from neva_jax.models.neva import abstract_model, random_parameters
+from neva_jax.parallel.mesh import make_mesh, place_batch, shardings
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.step import TrainState, gradients, make_eval_step, make_train_step
 from tests.models.helpers import FP32, neva_graph, random_batch, tiny_config
@@ -246,3 +247,96 @@ def test_eval_step_of_a_batch_without_labels_is_zero():
     batch = {**rows(), "loss_weights": np.zeros_like(rows()["loss_weights"])}
     total, weight = make_eval_step(graphdef, CHUNK)(trained, rest, in_micro_batches(batch, 2))
     assert (float(total), float(weight)) == (0, 0)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+RATES = {"hidden_dropout": 0.1, "attention_dropout": 0.2, "ffn_dropout": 0.1}
+
+
+def dropout_model():
+    config = model_config("vision")
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, **RATES))
+
+
+@cache
+def dropout_loss(accumulate, seed, batch=rows):
+    """(loss, gradients) with dropout; seed None: without."""
+    _, trained, rest = model("vision")
+    rng = None if seed is None else jax.random.key(seed)
+    compute = jax.jit(
+        partial(gradients, neva_graph(dropout_model()), chunk=CHUNK),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    return compute(trained, rest, batch=in_micro_batches(batch(), accumulate), rng=rng)
+
+
+def eight_times_the_same():
+    return {name: np.repeat(array[6:7], ROWS, axis=0) for name, array in rows().items()}
+
+
+def test_dropout_follows_the_key_and_the_micro_batch():
+    assert float(dropout_loss(4, 1)[0]) == float(dropout_loss.__wrapped__(4, 1)[0])
+    assert float(dropout_loss(4, 1)[0]) != float(dropout_loss(4, 2)[0])
+    plain = float(dropout_loss(4, None)[0])
+    assert plain == pytest.approx(float(compute_gradients(4, ("vision",))[0]), rel=1e-6)
+    # Rows alike: if each micro batch drew the same masks, 4 of them would be as good as the first alone.
+    four = float(dropout_loss(4, 1, eight_times_the_same)[0])
+    _, trained, rest = model("vision")
+    first = in_micro_batches({name: array[:2] for name, array in eight_times_the_same().items()}, 1)
+    one = gradients(neva_graph(dropout_model()), trained, rest, first, CHUNK, jax.random.key(1))[0]
+    assert abs(four - float(one)) > 1e-4
+
+
+def test_dropout_is_the_same_on_any_mesh():
+    _, trained, rest = model("vision")
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    _, abstract = abstract_model(dropout_model(), FP32)
+    layout = shardings(mesh, abstract)
+    with jax.set_mesh(mesh):
+        params = {name: jax.device_put(tree, layout[name]) for name, tree in {**trained, **rest}.items()}
+        compute = jax.jit(partial(gradients, neva_graph(dropout_model()), chunk=CHUNK))
+        loss, grads = compute(
+            {name: params[name] for name in trained},
+            {name: params[name] for name in rest},
+            batch=place_batch(mesh, rows(), 2),
+            rng=jax.random.key(1),
+        )
+    expected, expected_grads = dropout_loss(2, 1)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert_trees_close(grads, expected_grads, 1e-5)
+
+
+def dropout_steps(train_step, optimizer, states):
+    """Runs a step from each of these; the old state is given away, so copies go in."""
+    _, _, rest = model("vision")
+    batch = in_micro_batches(rows(), 2)
+    return [train_step(jax.tree.map(jnp.array, state), rest, batch) for state in states]
+
+
+def test_dropout_is_drawn_anew_in_each_step_and_again_after_a_resume():
+    _, trained, _ = model("vision")
+    optimizer, schedule = make_optimizer(OPTIMIZER, 20), learning_rate(OPTIMIZER, 20)
+    train_step = make_train_step(neva_graph(dropout_model()), optimizer, schedule, CHUNK, dropout_seed=3)
+    state = TrainState(jnp.int32(0), trained, jax.jit(optimizer.init)(trained))
+    (first, metrics), (_, other) = dropout_steps(train_step, optimizer, [state, state._replace(step=jnp.int32(1))])
+    assert float(metrics["loss"]) != float(other["loss"])
+    saved = jax.tree.map(np.asarray, first)  # what a checkpoint holds
+    (ended, _), (resumed, _) = dropout_steps(train_step, optimizer, [first, saved])
+    jax.tree.map(np.testing.assert_array_equal, resumed, ended)
+
+
+def test_no_dropout_in_validation_and_no_random_numbers_without_rates():
+    _, trained, rest = model("vision")
+    batch = in_micro_batches(rows(), 2)
+    nll, _ = make_eval_step(neva_graph(dropout_model()), CHUNK)(trained, rest, batch)
+    plain, _ = make_eval_step(model("vision")[0], CHUNK)(trained, rest, batch)
+    assert float(nll) == float(plain)
+    optimizer, schedule = make_optimizer(OPTIMIZER, 20), learning_rate(OPTIMIZER, 20)
+    state = TrainState(jnp.int32(0), trained, jax.eval_shape(optimizer.init, trained))
+
+    def program(graphdef, seed):
+        return make_train_step(graphdef, optimizer, schedule, CHUNK, seed).lower(state, rest, batch).as_text()
+
+    assert "threefry" in program(neva_graph(dropout_model()), 3)
+    assert "threefry" not in program(model("vision")[0], None)
