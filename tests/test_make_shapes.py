@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neva_jax.data.images import find_image
 from neva_jax.data.rows import parse_row, read_json
+from neva_jax.data.stores import find_image
 from neva_jax.inference.questions import read_questions
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_shapes.py"
