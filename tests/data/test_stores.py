@@ -95,7 +95,7 @@ def test_videos_that_cannot_be_used(video):
         "absent": f"field video: absent is not in {video}",
         "..": f"field video: .. leads out of {video}",
         "../images2": f"field video: ../images2 leads out of {video}",
-        "sub/a.png": f"field video: sub/a.png in {video} is no folder; a video is given as a folder of its frames",
+        "sub/a.png": f"field video: sub/a.png in {video} is neither a folder of frames nor a video file",
         "empty": f"field video: empty in {video} holds no frames",
         "nested": f"field video: nested/sub in {video} is no regular file",
         "out": f"field video: out/a.png leads out of {video}",
