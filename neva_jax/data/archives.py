@@ -47,7 +47,7 @@ class NameIndex:
     @staticmethod
     def arrays(entries: Iterable[tuple[str, int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The two arrays of an index. Of entries with the same name the last one counts, as when a tar is unpacked."""
-        found = {name.encode("utf-8", "surrogateescape"): (a, b) for name, a, b in entries}
+        found = {name.encode("utf-8", "surrogatepass"): (a, b) for name, a, b in entries}
         names = sorted(found)
         table = np.zeros((len(names) + 1, 3), np.int64)
         np.cumsum([len(name) for name in names], out=table[1:, 0])
@@ -62,7 +62,7 @@ class NameIndex:
 
     def find(self, name: str) -> tuple[int, int] | None:
         """The two numbers of a name."""
-        key = name.encode("utf-8", "surrogateescape")
+        key = name.encode("utf-8", "surrogatepass")
         place = bisect.bisect_left(self, key)
         if place == len(self) or self[place] != key:
             return None
@@ -70,10 +70,10 @@ class NameIndex:
 
     def inside(self, folder: str) -> list[str]:
         """The names directly below a folder, without it."""
-        prefix = f"{folder}/".encode("utf-8", "surrogateescape") if folder else b""
+        prefix = f"{folder}/".encode("utf-8", "surrogatepass") if folder else b""
         place, found = bisect.bisect_left(self, prefix), []
         while place < len(self) and (name := self[place]).startswith(prefix):
-            found.append(name[len(prefix) :].decode("utf-8", "surrogateescape"))
+            found.append(name[len(prefix) :].decode("utf-8", "surrogatepass"))
             place += 1
         return [name for name in found if "/" not in name]
 
@@ -115,11 +115,7 @@ class _Archive(Store):
         clean = None if name.startswith("/") else clean_name(name)
         if clean is None:
             raise BadRow(f"field {field}: {name} leads out of {self.path}")
-        try:
-            found = self._index.find(clean)
-        except UnicodeEncodeError:
-            found = None
-        if found is None:
+        if (found := self._index.find(clean)) is None:
             raise BadRow(f"field {field}: {name} is not in {self.path}")
         return found
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import pickle
+import shutil
 from collections import Counter
 
 import pytest
@@ -170,3 +172,175 @@ def test_a_file_that_is_no_llava_json(source, tmp_path):
     with pytest.raises(UserError) as error:
         make_sources([source(5), SourceConfig(json=str(tmp_path / "bad.json"))], seed=0, shuffle=True)
     assert str(error.value) == f"{tmp_path}/bad.json: byte 2 is no JSON (Expecting value)"
+
+
+def test_the_order_of_many_is_that_of_each(source):
+    sources = make_sources([source(7, 2, name="a"), source(9, 0.5, name="b")], 3, True)
+    numbers, rows = sources.order_many(11, 40)
+    assert [RowRef(*pair) for pair in zip(numbers, rows, strict=True)] == [sources.order(i) for i in range(11, 51)]
+
+
+# --- sampling with replacement ---------------------------------------------------------------------------------------
+
+
+def test_replacement_draws_sources_by_weight_and_rows_evenly(source):
+    """66,000 samples; each count lies within 5 standard deviations of what its probability says."""
+    configs = [source(20, 2, name="a"), source(30, 0.5, name="b")]
+    sources = make_sources(configs, 7, True, sampling="replacement")
+    assert (sources.epoch_size, sources.row_count) == (55, 50)
+    draws = Counter(sources.order(i) for i in range(66_000))
+    assert len(draws) == 50
+    for (ref, seen), probability in ((item, (40 / 55 / 20, 15 / 55 / 30)[item[0].source]) for item in draws.items()):
+        expected = 66_000 * probability
+        assert abs(seen - expected) < 5 * expected**0.5, ref
+
+
+def test_replacement_is_a_pure_function_of_seed_and_index(source):
+    config = source(1000)
+    one, two, other = (make_sources([config], seed, True, sampling="replacement") for seed in (1, 1, 2))
+    order = [one.order(i) for i in range(100)]
+    assert [two.order(i) for i in reversed(range(100))] == order[::-1]
+    assert [other.order(i) for i in range(100)] != order
+    assert len({one.order(i).row for i in range(1000)}) < 700  # 632 are expected; without replacement all 1000
+
+
+def test_validation_is_never_drawn(source):
+    data = DataConfig(train=[source(5)], val=[source(6, name="val")], sampling="replacement")
+    assert [Sources(data, "val", 0, shuffle=False).order(i).row for i in range(6)] == list(range(6))
+
+
+# --- validation held out ---------------------------------------------------------------------------------------------
+
+
+def ids_of(split, train, fraction=0.2):
+    sources = Sources(DataConfig(train=train, val_fraction=fraction), split, 0, shuffle=False)
+    refs = [sources.order(i) for i in range(sources.epoch_size)]
+    assert sources.row_count == len(set(refs))
+    return [(ref.source, sources.row_id(ref)) for ref in refs]
+
+
+def test_the_two_sides_are_disjoint_and_complete(source):
+    configs = [source(300, name="a"), source(500, name="b")]
+    train, val = ids_of("train", configs), ids_of("val", configs)
+    assert sorted(train + val) == sorted([(0, str(i)) for i in range(300)] + [(1, str(i)) for i in range(500)])
+    assert 100 < len(val) < 220  # 160 ± 5 standard deviations of 11
+    # The same id is on the same side of both.
+    assert {name for number, name in val if number == 0} == {name for _, name in val if int(name) < 300}
+
+
+def test_rows_stay_on_their_side_when_others_are_added(source):
+    before = {split: ids_of(split, [source(300)]) for split in ("train", "val")}
+    for split, rows in before.items():
+        assert ids_of(split, [source(450)])[: len(rows)] == rows
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_larger_fraction_only_adds(source, split):
+    config = source(200)
+    small, large = (set(ids_of("val", [config], fraction)) for fraction in (0.1, 0.4))
+    assert small < large
+    assert 50 < len(large) < 110
+
+
+def test_rows_without_id_are_told_apart_by_their_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*["{}"] * 100, "no JSON", *['{"id": null}'] * 99]))
+    data = DataConfig(train=[SourceConfig(json=str(path))], val_fraction=0.3)
+    sides = [Sources(data, split, 0, shuffle=False) for split in ("train", "val")]
+    rows = [{side.order(i).row for i in range(side.epoch_size)} for side in sides]
+    assert rows[0].isdisjoint(rows[1])
+    assert rows[0] | rows[1] == set(range(200))
+    assert len(rows[1]) > 30
+
+
+def test_a_bad_row_is_replaced_from_its_own_side(source):
+    data = DataConfig(train=[source(50)], val_fraction=0.3)
+    for split in ("train", "val"):
+        sources = Sources(data, split, 0, shuffle=True)
+        own = {sources.order(i) for i in range(sources.epoch_size)}
+        first = sources.order(0)
+        assert {sources.after(first, steps) for steps in range(len(own))} == own
+        assert sources.after(first, len(own)) == first
+    assert sources.rows_in(0) == 50
+
+
+def test_weights_do_not_change_what_is_held_out(source):
+    assert ids_of("val", [source(100)]) == ids_of("val", [source(100, 3.0)])
+    sources = Sources(DataConfig(train=[source(100, 3.0)], val_fraction=0.2), "train", 0, shuffle=True)
+    assert sources.epoch_size == 3 * sources.row_count
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(1e-9, "val"), (1 - 1e-9, "train")])
+def test_a_fraction_that_leaves_no_row(source, fraction, side):
+    with pytest.raises(UserError, match=f"data.val_fraction={fraction} leaves no row for .* of 5 rows"):
+        Sources(DataConfig(train=[source(5)], val_fraction=fraction), side, 0, shuffle=False)
+
+
+def test_hashes_of_many_ids_are_kept(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("neva_jax.data.sources._FEW", 10)
+    data = DataConfig(train=[source(300)], val_fraction=0.2, cache=str(tmp_path / "cache"))
+    first = Sources(data, "val", 0, shuffle=False)
+    monkeypatch.setattr("neva_jax.data.row_files.JsonRows.raw", None)  # would fail if it were called
+    again = Sources(data, "val", 0, shuffle=False)
+    assert first.order_many(0, first.epoch_size)[1].tolist() == again.order_many(0, again.epoch_size)[1].tolist()
+    assert len(list((tmp_path / "cache").glob("ids-*.npy"))) == 1
+
+
+# --- what a worker is sent -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_fraction": 0.3}, {"sampling": "replacement"}])
+def test_a_worker_opens_the_files_again(source, settings):
+    sources = make_sources([source(5000, 2, name="a"), source(100, name="b")], 3, True, **settings)
+    sent = pickle.dumps(sources)
+    assert len(sent) < 5000
+    there = pickle.loads(sent)
+    for i in (0, 1, 77, 12_345):
+        ref = sources.order(i)
+        assert (there.order(i), there.after(ref, 2)) == (ref, sources.after(ref, 2))
+        assert (there.read(ref), there.describe(ref)) == (sources.read(ref), sources.describe(ref))
+    assert [there.fingerprint(i) for i in (0, 1)] == [sources.fingerprint(i) for i in (0, 1)]
+
+
+def test_a_fingerprint_is_of_the_content_not_the_name(source, tmp_path):
+    one = source(5)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy2(one.json, copied := tmp_path / "elsewhere" / "copied.json")
+    sources = make_sources([one, SourceConfig(json=str(copied)), source(6, name="other")], 0, True)
+    keys = [sources.fingerprint(i) for i in range(3)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_frames_come_from_the_rows_own_source(tmp_path):
+    for name in ("a/x.png", "b/x.png", "b/clip/1.png", "b/clip/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "rows.json").write_text("[1]")
+    json_path = str(tmp_path / "rows.json")
+    configs = [SourceConfig(json=json_path, images=images and str(tmp_path / images)) for images in ("a", "b", None)]
+    sources = make_sources(configs, 0, True)
+    assert [sources.read_image(RowRef(i, 0), "x.png") for i in range(2)] == [b"a/x.png", b"b/x.png"]
+    assert sources.frames(RowRef(1, 0), "clip") == ["clip/0.png", "clip/1.png"]
+    assert sources.read_image(RowRef(1, 0), "clip/1.png", "video") == b"b/clip/1.png"
+    with pytest.raises(BadRow, match=r"^field image names x.png, but its source has no images folder$"):
+        sources.read_image(RowRef(2, 0), "x.png")
+
+
+def test_steerlm_tags_are_images_in_lines_with_images_and_text_elsewhere(tmp_path):
+    turns = [
+        {"from": "User", "value": '<img src="a/b.png">'},
+        {"from": "Assistant", "value": "x", "label": "quality:4"},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"conversations": turns}))
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}]))
+    configs = [
+        SourceConfig(json=str(tmp_path / name), images=images)
+        for name, images in (("rows.jsonl", str(tmp_path)), ("rows.jsonl", None), ("rows.json", str(tmp_path)))
+    ]
+    rows = [make_sources([config], 0, True).read(RowRef(0, 0)) for config in configs]
+    assert [row.images for row in rows] == [("b.png",), (), ()]
+    assert [row.turns[0].text for row in rows] == ["<image>", '<img src="a/b.png">', '<img src="a/b.png">']
+    assert rows[0].turns[1] == Turn("assistant", "x", "quality:4")
