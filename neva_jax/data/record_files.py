@@ -179,14 +179,16 @@ class TfdsRows(_Records):
         if split is None:
             raise UserError(f"{self.path}: has the splits {', '.join(splits)}, and none is called train")
         try:
-            files = splits[split].file_instructions
-            if missing := [file.filename for file in files if not Path(file.filename).is_file()]:
+            files, wanted = [file.filename for file in splits[split].file_instructions], splits[split].num_examples
+            if missing := [file for file in files if not Path(file).is_file()]:
                 raise UserError(f"{self.path}: lacks {Path(missing[0]).name}; copy it again")
             self._source = _array_records(self.path, files)
             self._parser = ExampleParserNp(info.features.get_serialized_info())
         except (ValueError, AttributeError) as error:
             raise UserError(f"{self.path}: cannot be read ({error})") from None
         self._count = len(self._source)
+        if wanted != self._count:
+            raise UserError(f"{self.path}: holds {self._count} rows, dataset_info.json says {wanted}; copy it again")
 
     def _record(self, row: int) -> tuple[Any, dict[str, bytes]]:
         try:
@@ -241,7 +243,7 @@ class ParquetRows(_Records):
         return MemoryStore(self.path, content)
 
 
-def _array_records(path: str, files: Sequence[Any]) -> Any:
+def _array_records(path: str, files: Sequence[str]) -> Any:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
