@@ -102,13 +102,17 @@ class Sources:
         """Rows of the split, of all files together."""
         return sum(self._sizes)
 
+    @property
+    def _replaces(self) -> bool:
+        return self.data.sampling == "replacement" and self.split == "train"
+
     def rows_in(self, source: int) -> int:
         """Rows in the file of one source, whether or not the split has them: the bound of `RowRef.row`."""
         return len(self.files[source])
 
     def order(self, index: int) -> RowRef:
         """The row that the `index`-th sample of the run is made from; index 0, 1, 2, … without end."""
-        if self.data.sampling == "replacement" and self.split == "train":
+        if self._replaces:
             # Each draw is 64 bits, scaled to its range: the bias is below 2^-32 for any number of rows.
             digest = hashlib.blake2b(struct.pack("<QQ", self.seed, index), digest_size=16, person=b"order").digest()
             place, row = struct.unpack("<QQ", digest)
@@ -124,8 +128,23 @@ class Sources:
 
     def order_many(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """`order` of the samples `start` … `start + count - 1`: their source numbers and row numbers, [count] each."""
-        refs = [self.order(index) for index in range(start, start + count)]
-        return np.array([ref.source for ref in refs]), np.array([ref.row for ref in refs])
+        if self._replaces:
+            refs = [self.order(index) for index in range(start, start + count)]
+            return np.array([ref.source for ref in refs]), np.array([ref.row for ref in refs])
+        size = self.epoch_size
+        epochs, places = np.divmod(np.arange(start, start + count), size)
+        if self.shuffle and size > 1:
+            seeds = {epoch: _mix(self.seed, epoch) for epoch in np.unique(epochs).tolist()}
+            pairs = zip(places.tolist(), epochs.tolist(), strict=True)
+            places = np.array([index_shuffle(place, size - 1, seeds[epoch], 4) for place, epoch in pairs])
+        ends, counts, sizes = np.array(self.ends), np.array(self.counts), np.array(self._sizes)
+        sources = np.searchsorted(ends, places, side="right")
+        own = counts[sources]
+        rows = (epochs * own + places - (ends[sources] - own)) % sizes[sources]
+        for source, chosen in enumerate(self._chosen):
+            if chosen is not None:
+                rows[sources == source] = chosen[rows[sources == source]]
+        return sources, rows
 
     def _ref(self, source: int, place: int) -> RowRef:
         chosen = self._chosen[source]

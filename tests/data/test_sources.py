@@ -174,10 +174,12 @@ def test_a_file_that_is_no_llava_json(source, tmp_path):
     assert str(error.value) == f"{tmp_path}/bad.json: byte 2 is no JSON (Expecting value)"
 
 
-def test_the_order_of_many_is_that_of_each(source):
-    sources = make_sources([source(7, 2, name="a"), source(9, 0.5, name="b")], 3, True)
-    numbers, rows = sources.order_many(11, 40)
-    assert [RowRef(*pair) for pair in zip(numbers, rows, strict=True)] == [sources.order(i) for i in range(11, 51)]
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"val_fraction": 0.3}, {"sampling": "replacement"}])
+def test_the_order_of_many_is_that_of_each(source, shuffle, settings):
+    sources = make_sources([source(17, 2, name="a"), source(9, 0.5, name="b")], 3, shuffle, **settings)
+    numbers, rows = sources.order_many(11, 150)
+    assert [RowRef(*pair) for pair in zip(numbers, rows, strict=True)] == [sources.order(i) for i in range(11, 161)]
 
 
 # --- sampling with replacement ---------------------------------------------------------------------------------------
