@@ -13,7 +13,7 @@ from neva_jax.data.cache import open_regular
 from neva_jax.data.rows import BadRow
 from neva_jax.errors import UserError
 
-MAX_IMAGE_BYTES = 512 * 2**20
+MAX_IMAGE_BYTES = 2**28
 MAX_VIDEO_BYTES = 2**31 - 2**20  # Linux reads less than 2 GiB at once
 _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
