@@ -21,6 +21,8 @@ from neva_jax.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20
 _PIECE = 4 * 2**20
+_STRUCTURAL = np.zeros(256, bool)
+_STRUCTURAL[list(b"[]{},")] = True
 
 
 def _refuse(name: str) -> None:
@@ -91,8 +93,8 @@ def _cuts(piece: bytes, depth: int, in_string: bool, escaped: bool) -> tuple[lis
     found = ((data | 0x20) - np.uint8(ord("{")) <= 2) | (data == ord('"')) | (data == ord(","))
     places = np.flatnonzero(found)
     marks = data[places]
+    is_quote = marks == ord('"')
     slashes = places[marks == ord("\\")]
-    quotes = places[marks == ord('"')]
     after = np.zeros(0, np.int64)  # what an odd run of backslashes escapes
     if escaped:
         if len(slashes) and slashes[0] == 0:
@@ -105,16 +107,15 @@ def _cuts(piece: bytes, depth: int, in_string: bool, escaped: bool) -> tuple[lis
         odd = ends[(ends - starts) % 2 == 0] + 1
         after = np.concatenate([after, odd])
         escaped = bool(len(odd)) and int(odd[-1]) == len(piece)
-    if len(after) and len(quotes):
-        at = np.minimum(np.searchsorted(after, quotes), len(after) - 1)
-        quotes = quotes[after[at] != quotes]
-    rest = (marks != ord('"')) & (marks != ord("\\")) & (marks != ord("|"))
-    places, marks = places[rest], marks[rest]
-    outside = (np.searchsorted(quotes, places) + in_string) % 2 == 0
-    places, marks = places[outside], marks[outside]
-    opens, comma = (marks == ord("{")) | (marks == ord("[")), marks == ord(",")
-    depths = depth + np.cumsum(np.where(comma, 0, np.where(opens, 1, -1)))
-    in_string = bool((len(quotes) + in_string) % 2)
+    if len(after) and len(places):
+        at = np.minimum(np.searchsorted(places, after), len(places) - 1)
+        is_quote[at[places[at] == after]] = False  # an escaped bracket stands in a string anyway
+    inside = np.bitwise_xor.accumulate(is_quote.view(np.uint8)) ^ np.uint8(in_string)
+    in_string = bool(inside[-1]) if len(inside) else in_string
+    kept = np.flatnonzero((inside == 0) & _STRUCTURAL[marks])
+    places, marks = places[kept], marks[kept]
+    comma, closes = marks == ord(","), (marks & 0xDF) == ord("]")  # ] and }
+    depths = depth + np.cumsum(np.where(comma, 0, np.where(closes, -1, 1)))
     cut = ((depths == 1) & comma) | (depths == 0)
     closed = np.flatnonzero(depths == 0)
     if len(closed):
