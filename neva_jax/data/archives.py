@@ -141,7 +141,15 @@ class TarStore(_Archive):
 
     def _entries(self) -> Iterable[tuple[str, int, int]]:
         size = os.fstat(self._file.fileno()).st_size
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"indexing {Path(self.path).name}", delay=2, leave=False)
+        bar = tqdm(
+            total=size,
+            unit="B",
+            unit_scale=True,
+            desc=f"indexing {Path(self.path).name}",
+            delay=2,
+            leave=False,
+            disable=None,
+        )
         with bar, open_regular(self.path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:

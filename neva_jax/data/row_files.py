@@ -99,7 +99,9 @@ class JsonRows:
 
     def _index(self, file: BinaryIO, start: int) -> np.ndarray:
         name = Path(self.path).name
-        with tqdm(total=self.size, unit="B", unit_scale=True, desc=f"indexing {name}", delay=2, leave=False) as bar:
+        with tqdm(
+            total=self.size, unit="B", unit_scale=True, desc=f"indexing {name}", delay=2, leave=False, disable=None
+        ) as bar:
             if self.lines:
                 return index_lines(file, start, self.size, bar.update)
             return index_list(self.path, file, start, self.size, bar.update)
@@ -110,7 +112,9 @@ class JsonRows:
 
         def write(fresh: Path) -> None:
             nonlocal total
-            bar = tqdm(unit="B", unit_scale=True, desc=f"unpacking {Path(self.path).name}", delay=2, leave=False)
+            bar = tqdm(
+                unit="B", unit_scale=True, desc=f"unpacking {Path(self.path).name}", delay=2, leave=False, disable=None
+            )
             with bar, gzip.open(open_regular(self.path)) as packed, fresh.open("wb") as out:
                 while piece := _unpack(self.path, packed, total):
                     total += len(piece)

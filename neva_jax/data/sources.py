@@ -209,7 +209,7 @@ def _id_hashes(file: RowFile, data: DataConfig) -> np.ndarray:
 
     def make() -> np.ndarray:
         hashes = np.zeros(len(file), np.uint64)
-        for row in tqdm(range(len(file)), desc="hashing ids", unit="row", delay=2, leave=False):
+        for row in tqdm(range(len(file)), desc="hashing ids", unit="row", delay=2, leave=False, disable=None):
             try:
                 raw = file.raw(row)
             except BadRow:
