@@ -12,6 +12,7 @@ Each row is then parsed once and forgotten, so that a file whose rows cannot be 
 """
 
 import json
+from array import array
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ import numpy as np
 from neva_jax.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20
-_PIECE = 4 * 2**20
+_PIECE = 2**20
 _STRUCTURAL = np.zeros(256, bool)
 _STRUCTURAL[list(b"[]{},")] = True
 
@@ -59,14 +60,14 @@ def index_list(
     first = position  # of the row that is not yet whole
     pending: list[bytes] | None = []  # its bytes before this piece; None: too long to be a row
     pending_bytes = 0
-    bounds = []
+    bounds = array("q")  # as a list of pairs it would take ten times the memory
     while piece := file.read(_PIECE):
         cuts, depth, in_string, escaped = _cuts(piece, depth, in_string, escaped)
         begin = 0
         for cut in cuts:
             if pending is not None and pending_bytes + cut - begin <= MAX_ROW_BYTES:
                 _check_row(path, b"".join(pending) + piece[begin:cut], first, piece[cut : cut + 1], not bounds)
-            bounds.append((first, position + cut))
+            bounds.extend((first, position + cut))
             first, begin, pending, pending_bytes = position + cut + 1, cut + 1, [], 0
         if depth == 0:
             _check_end(path, piece[begin:], file, position + begin, piece[begin - 1 : begin])
@@ -81,8 +82,8 @@ def index_list(
         if pending is not None:
             _check_row(path, b"".join(pending), first, b"", False)
         raise no_json(path, size, "the list does not end", truncated=True)
-    if len(bounds) == 1 and not _read(file, *bounds[0]).strip():
-        bounds = []
+    if len(bounds) == 2 and bounds[1] - bounds[0] <= MAX_ROW_BYTES and not _read(file, *bounds).strip():
+        return np.zeros((0, 2), np.int64)
     return np.array(bounds, np.int64).reshape(-1, 2)
 
 
