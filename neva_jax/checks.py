@@ -6,8 +6,10 @@ from pathlib import Path
 from neva_jax.config import (
     COMPONENTS,
     Config,
+    DataConfig,
     LlmConfig,
     ModelConfig,
+    SourceConfig,
     frozen_components,
     head_dim,
     image_tokens,
@@ -33,6 +35,7 @@ def check(config: Config) -> None:
     check_ranges(config)
     _check_model(config.model)
     _check_images(config)
+    _check_split(config.data)
     _check_training(config)
     _check_files(config)
 
@@ -274,6 +277,32 @@ def _check_training(config: Config) -> None:
         )
 
 
+def _check_source(name: str, source: SourceConfig) -> None:
+    if source.json and source.records is not None:
+        raise UserError(f"{name}.json={source.json} and records={source.records}: give one of them, not both")
+    if not source.json and source.records is None:
+        raise UserError(f"{name}.json is not set; give it, or records")
+    if source.records is None and not Path(source.json).is_file():
+        raise UserError(f"{name}.json={source.json}: no such file")
+    if source.records is not None and not Path(source.records).exists():
+        raise UserError(f"{name}.records={source.records}: no such file or directory")
+    images = None if source.images is None else Path(source.images)
+    if images is not None and not images.exists():
+        raise UserError(f"{name}.images={images}: no such directory or file")
+    if images is not None and not images.is_dir() and images.suffix not in (".tar", ".parquet"):
+        raise UserError(f"{name}.images={images}: must be a directory, a .tar or a .parquet file")
+
+
+def _check_split(data: DataConfig) -> None:
+    if not 0 <= data.val_fraction < 1:
+        raise UserError(f"data.val_fraction={data.val_fraction} must be in 0 … 1, 1 excluded")
+    if data.val_fraction and data.val:
+        raise UserError(
+            f"data.val_fraction={data.val_fraction} holds out training rows, but data.val has {len(data.val)} sources "
+            "of its own; use one of them"
+        )
+
+
 def _check_files(config: Config) -> None:
     if not Path(config.model.tokenizer).is_file():
         raise UserError(f"model.tokenizer={config.model.tokenizer}: no such file")
@@ -281,10 +310,7 @@ def _check_files(config: Config) -> None:
         raise UserError(f"model.init_from={config.model.init_from}: no such directory")
     for split in ("train", "val"):
         for i, source in enumerate(getattr(config.data, split)):
-            if not Path(source.json).is_file():
-                raise UserError(f"data.{split}[{i}].json={source.json}: no such file")
-            if source.images is not None and not Path(source.images).is_dir():
-                raise UserError(f"data.{split}[{i}].images={source.images}: no such directory")
+            _check_source(f"data.{split}[{i}]", source)
     for path in (Path(config.run.dir), *Path(config.run.dir).parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"run.dir={config.run.dir}: {path} is a file; name a directory")

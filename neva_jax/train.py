@@ -76,8 +76,9 @@ def run(config: Config) -> int:
     # --- what is to be done, checked before a device holds anything
     tokenizer = Tokenizer.from_file(config.model.tokenizer)
     config = with_vocabulary(config, tokenizer)
-    train_rows = Sources(config.data.train, config.run.seed, shuffle=True)
-    val_rows = Sources(config.data.val, config.run.seed, shuffle=False) if config.data.val else None
+    train_rows = Sources(config.data, "train", config.run.seed, shuffle=True)
+    validates = config.data.val or config.data.val_fraction
+    val_rows = Sources(config.data, "val", config.run.seed, shuffle=False) if validates else None
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
     mesh = make_mesh(sizes)

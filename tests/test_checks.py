@@ -110,6 +110,21 @@ BAD_OVERRIDES = {
         ["data.train[0].images=", "nope", "no such directory"],
     ),
     "image folder is a file": (["data.train=[{{json: {tmp}/file, images: {tmp}/file}}]"], ["data.train[0].images="]),
+    "image archive missing": (
+        ["data.train=[{{json: {tmp}/file, images: {tmp}/nope.tar}}]"],
+        ["data.train[0].images=", "nope.tar", "no such directory or file"],
+    ),
+    "JSON and records": (
+        ["data.train=[{{json: {tmp}/file, records: {tmp}/folder}}]"],
+        ["data.train[0].json=", "records=", "not both"],
+    ),
+    "records missing": (
+        ["data.train=[{{records: {tmp}/nope}}]"],
+        ["data.train[0].records=", "nope", "no such file or directory"],
+    ),
+    "held-out part and val": (["data.val_fraction=0.1"], ["data.val_fraction=0.1", "data.val"]),
+    "held-out part is everything": (["data.val=[]", "data.val_fraction=1"], ["data.val_fraction=1", "1 excluded"]),
+    "held-out part below 0": (["data.val=[]", "data.val_fraction=-0.1"], ["data.val_fraction=-0.1", "0 … 1"]),
     "init_from missing": (["model.init_from={tmp}/nope"], ["model.init_from=", "nope", "no such directory"]),
     "run.dir is a file": (["run.dir={tmp}/file"], ["run.dir=", "is a file"]),
     "run.dir lies in a file": (["run.dir={tmp}/file/run"], ["run.dir=", "file/run"]),

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neva_jax.data.images import find_image
-from neva_jax.data.rows import parse_row, read_json
+from neva_jax.data.rows import parse_row
+from neva_jax.data.stores import FolderStore
 from neva_jax.inference.questions import read_questions
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_shapes.py"
@@ -243,7 +243,7 @@ def test_files_of_a_data_set(data):
 
 @pytest.mark.parametrize(("name", "split"), [("pretrain", "train"), ("finetune", "train"), ("val", "val")])
 def test_rows_are_good_and_say_what_the_pictures_show(name, split, data):
-    rows = [parse_row(raw) for raw in read_json(data / f"{name}.json")]
+    rows = [parse_row(raw) for raw in json.loads((data / f"{name}.json").read_text())]
     assert len(rows) == len({row.id for row in rows}) == COUNTS[split]
     for row, (picture, questions) in zip(rows, samples(split), strict=False):
         pairs = list(zip(row.turns[::2], row.turns[1::2], strict=True))
@@ -270,7 +270,7 @@ def test_question_files_are_read_by_evaluate(split, data):
         assert right_answers(question.text, facts(samples(split)[i // 4][0])) == [question.raw["answer"]]
         assert question.raw["category"] in ("color", "shape", "count", "side", "yes_no")
         for folder in ("images", "grey") if split == "heldout" else ("images",):
-            assert find_image(data / folder, name).is_file()
+            assert FolderStore(data / folder).read(name)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -248,7 +248,7 @@ def test_validation_rows_follow_the_steps_they_belong_to(whole):
 def test_val_loss_is_the_mean_over_the_tokens_of_each_row_once(whole, tokenizer):
     """Against the softmax of all logits in float64, with the parameters of the checkpoint."""
     config = load_config(whole / "config.yaml")
-    make = SampleMaker(Sources(config.data.val, 0, shuffle=False), config, tokenizer)
+    make = SampleMaker(Sources(config.data, "val", 0, shuffle=False), config, tokenizer)
     rows = [make(index) for index in range(5)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "bad_rows"}
     graphdef, _ = abstract_model(config.model, config.precision)
@@ -722,7 +722,7 @@ class Damaged:
 @pytest.fixture
 def damaged(settings, llava_data, tmp_path) -> Damaged:
     rows = json.loads(llava_data.json.read_text())
-    order = Sources(load_config(None, settings).data.train, 1234, shuffle=True).order
+    order = Sources(load_config(None, settings).data, "train", 1234, shuffle=True).order
     met: dict[int, list[int]] = {}  # row -> steps, if it has an image
     for i in range(6 * BATCH):
         if "image" in rows[order(i).row]:

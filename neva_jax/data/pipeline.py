@@ -17,10 +17,11 @@ import numpy as np
 from absl import flags
 
 from neva_jax.config import Config
-from neva_jax.data.images import find_frames, find_image, load_image, sample_frames
+from neva_jax.data.images import load_image, sample_frames
 from neva_jax.data.packing import training_row
 from neva_jax.data.rows import VIDEO_MARK, BadRow, Row
 from neva_jax.data.sources import RowRef, Sources
+from neva_jax.data.stores import find_frames, find_image
 from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame
 from neva_jax.data.tiles import Picture, tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer

@@ -1,15 +1,21 @@
 """One row of LLaVA JSON, checked: a bad row raises `BadRow`, which names the field and says what is wrong."""
 
-import json
+import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from neva_jax.errors import UserError
 
 IMAGE_MARK = "<image>"
 VIDEO_MARK = "<video>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+# SteerLM's lines write the last two.
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "User": "user",
+    "Assistant": "assistant",
+}
+_IMAGE_TAG = re.compile(r"""<img\s+src=(["'])(.*?)\1\s*/?>""", re.DOTALL)
 
 
 class BadRow(Exception):
@@ -44,7 +50,7 @@ class Row:
     id: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
-    video: str | None = None  # a folder of frames
+    video: str | None = None  # a folder of frames, or a video file
     system: str | None = None
 
     def count(self, mark: str) -> int:
@@ -59,34 +65,14 @@ class Row:
         )
 
 
-def read_json(path: str | Path) -> list[Any]:
-    """The list in a LLaVA JSON file.
-
-    Raises:
-      UserError: unreadable, no JSON (line and column are named), or not a list with at least one row.
-    """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} column {error.colno} is no JSON ({error.msg})") from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read (it is nested too deeply for a list of rows)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: must hold a list of rows, but holds a {type(rows).__name__}")
-    if not rows:
-        raise UserError(f"{path}: holds no rows")
-    return rows
-
-
 def parse_row(raw: Any) -> Row:
     """One element of the JSON list -> `Row`.
 
     Rules: `conversations` alternates human and gpt, starts with human and ends with gpt; `image` is a path, a list of
     paths or absent; `<image>` occurs once for each image in human turns, and is plain text in an answer. `video` is the
-    path of a folder of frames or absent; with it, `<video>` occurs once in human turns, and there are no images.
-    Without it, `<video>` is text.
+    path of a folder of frames or of a video file, or absent; with it, `<video>` occurs once in human turns, and there
+    are no images. Without it, `<video>` is text. `system` is text or absent. An answer may have a `label` (text) and a
+    `weight` (a number from 0 up); in a human turn they mean nothing. Fields that are null count as absent.
 
     Raises:
       BadRow: a rule is broken.
@@ -107,10 +93,15 @@ def parse_row(raw: Any) -> Row:
         check_characters("field image", name)
     video = raw.get("video")
     if video is not None and (not isinstance(video, str) or not video):
-        raise BadRow(f"field video must be the path of a folder of frames, not {_short(video)}")
+        raise BadRow(f"field video must be the path of a folder of frames or a video file, not {_short(video)}")
     if video is not None and images:
         raise BadRow("has both field image and field video; a row may have images or a video, not both")
-    row = Row(str(raw.get("id", "")), tuple(images), parsed, video)
+    system = raw.get("system")
+    if system is not None:
+        if not isinstance(system, str):
+            raise BadRow(f"field system must be text, not {_short(system)}")
+        check_characters("field system", system)
+    row = Row(str(raw.get("id", "")), tuple(images), parsed, video, system)
     if (marks := row.count(IMAGE_MARK)) != len(images):
         raise BadRow(
             f"field conversations has {marks} {IMAGE_MARK} marks in human turns, but field image has {len(images)}"
@@ -120,6 +111,43 @@ def parse_row(raw: Any) -> Row:
         if (marks := row.count(VIDEO_MARK)) != 1:
             raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns; field video needs one")
     return row
+
+
+def from_steerlm(raw: Any) -> Any:
+    """One line of NeVA's SteerLM data -> an element of LLaVA JSON; what is none stays as it is.
+
+    `<img src="…">` in a human turn becomes `<image>`; the image's name is what follows the last slash of the address.
+    Rows with a field image or video are left alone. `mask` names the side that is not learned, as in
+
+        {"system": "…", "mask": "User", "conversations": [{"from": "User", "value": "<img src=\"a/b.jpg\"> …"},
+                                                          {"from": "Assistant", "value": "…", "label": "quality:4"}]}
+
+    Raises:
+      BadRow: a row that wants the human's turns learned, or the labels (`type` TEXT_TO_VALUE).
+    """
+    if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
+        return raw
+    mask = raw.get("mask")
+    if mask is not None and (not isinstance(mask, str) or ROLES.get(mask) != "user"):
+        raise BadRow(f"field mask must be User, the side that is not learned, not {_short(mask)}")
+    if raw.get("type") == "TEXT_TO_VALUE":
+        raise BadRow("field type is TEXT_TO_VALUE, whose labels would be learned; only answers are")
+    if raw.get("image") or raw.get("video"):
+        return raw
+    names: list[str] = []
+    humans = [name for name, role in ROLES.items() if role == "user"]
+
+    def mark(tag: re.Match[str]) -> str:
+        names.append(tag[2].rpartition("/")[2])
+        return IMAGE_MARK
+
+    turns = [
+        {**turn, "value": _IMAGE_TAG.sub(mark, turn["value"])}
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str) and turn.get("from") in humans
+        else turn
+        for turn in raw["conversations"]
+    ]
+    return {**raw, "image": names, "conversations": turns}
 
 
 def check_characters(where: str, text: str) -> None:
@@ -143,9 +171,24 @@ def _parse_turn(i: int, turn: Any) -> Turn:
     expected = ("user", "assistant")[i % 2]
     if role != expected:
         raise BadRow(f"{where}.from is {turn['from']}, but turns must alternate human, gpt, human, …")
-    return Turn(role, turn["value"])
+    if role == "user":
+        return Turn(role, turn["value"])
+    label, weight = turn.get("label"), turn.get("weight")
+    if label is not None:
+        if not isinstance(label, str):
+            raise BadRow(f"{where}.label must be text, not {_short(label)}")
+        check_characters(f"{where}.label", label)
+    if weight is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise BadRow(f"{where}.weight must be a number, not {_short(weight)}")
+        if not 0 <= weight < 1e30:  # what fp32 holds with room; also refuses NaN
+            raise BadRow(f"{where}.weight must be a number from 0 up, not {_short(weight)}")
+    return Turn(role, turn["value"], label, 1.0 if weight is None else float(weight))
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

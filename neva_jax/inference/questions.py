@@ -13,8 +13,8 @@ from uuid import NAMESPACE_URL, uuid5
 
 from tqdm import tqdm
 
-from neva_jax.data.images import find_image
 from neva_jax.data.rows import BadRow
+from neva_jax.data.stores import find_image
 from neva_jax.errors import UserError
 from neva_jax.files import replacing
 from neva_jax.inference.engine import Engine, Request, SamplingOptions

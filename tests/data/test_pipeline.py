@@ -29,7 +29,7 @@ def config(small_overrides):
 
     def make(*overrides):
         made = load_config(None, [*small_overrides, f"data.max_length={LENGTH}", *overrides])
-        return made, Sources(made.data.train, made.run.seed, shuffle=True)
+        return made, Sources(made.data, "train", made.run.seed, shuffle=True)
 
     return make
 

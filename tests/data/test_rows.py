@@ -1,11 +1,8 @@
 """Rows of LLaVA JSON: what a good one becomes, and what each bad one is told."""
 
-import json
-
 import pytest
 
-from neva_jax.data.rows import BadRow, Row, Turn, parse_row, read_json
-from neva_jax.errors import UserError
+from neva_jax.data.rows import BadRow, Row, Turn, from_steerlm, parse_row
 
 HUMAN = {"from": "human", "value": "Hi"}
 GPT = {"from": "gpt", "value": "Hello"}
@@ -135,9 +132,9 @@ BAD = [
         row(HUMAN, {"from": "gpt", "value": "<image>"}, image="a.jpg"),
         "field conversations has 0 <image> marks in human turns, but field image has 1",
     ),
-    (asks("<video>", video=""), "field video must be the path of a folder of frames, not ''"),
-    (asks("<video>", video=["a"]), "field video must be the path of a folder of frames, not ['a']"),
-    (asks("<video>", video=3), "field video must be the path of a folder of frames, not 3"),
+    (asks("<video>", video=""), "field video must be the path of a folder of frames or a video file, not ''"),
+    (asks("<video>", video=["a"]), "field video must be the path of a folder of frames or a video file, not ['a']"),
+    (asks("<video>", video=3), "field video must be the path of a folder of frames or a video file, not 3"),
     (asks("<video>", video="\udc80"), "field video has '\\udc80' at character 0, half a surrogate pair"),
     (
         asks("<video><image>", video="a", image="b.jpg"),
@@ -168,47 +165,109 @@ def test_a_long_value_is_cut_in_the_message():
     assert str(error.value) == f"field conversations must be a list of turns, not '{'x' * 56}..."
 
 
-# --- read_json -------------------------------------------------------------------------------------------------------
+# --- system, labels, weights -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_rows_are_read_as_they_stand(tmp_path, mark):
-    rows = [asks("Grüße 🙂"), "no row, but that is found later", None]
-    path = tmp_path / "rows.json"
-    path.write_bytes(mark + json.dumps(rows, ensure_ascii=False).encode())
-    assert read_json(path) == read_json(str(path)) == rows
+def test_system_label_and_weight_are_taken():
+    parsed = parse_row(row(HUMAN, {**GPT, "label": "quality:4", "weight": 0}, HUMAN, {**GPT, "weight": 2}, system="S"))
+    assert parsed.system == "S"
+    assert parsed.turns[1::2] == (Turn("assistant", "Hello", "quality:4", 0.0), Turn("assistant", "Hello", None, 2.0))
+
+
+def test_null_counts_as_absent():
+    assert parse_row(row(HUMAN, {**GPT, "label": None, "weight": None}, system=None)) == parse_row(row(HUMAN, GPT))
+
+
+def test_a_label_or_weight_of_a_question_means_nothing():
+    assert parse_row(row({**HUMAN, "label": 3, "weight": "x"}, GPT)) == parse_row(row(HUMAN, GPT))
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("answer", "message"),
     [
-        (b"", "line 1 column 1 is no JSON (Expecting value)"),
-        (b'[{"id": 1},\n {"id" 2}]', "line 2 column 8 is no JSON (Expecting ':' delimiter)"),
-        (b'[\n{"id": "a"},\n{"id": "b"}\n', "line 4 column 1 is no JSON (Expecting ',' delimiter)"),
-        (b'{"id": 1}\n{"id": 2}\n', "line 2 column 1 is no JSON (Extra data)"),
-        (b'[\n\n"caf\n"]', "line 3 column 5 is no JSON (Invalid control character at)"),
-        (b"{}", "must hold a list of rows, but holds a dict"),
-        (b'"rows"', "must hold a list of rows, but holds a str"),
-        (b"null", "must hold a list of rows, but holds a NoneType"),
-        (b"[]", "holds no rows"),
-        (b"[" * 100_000, "cannot be read (it is nested too deeply for a list of rows)"),
-        (
-            b'["caf\xe9"]',
-            "cannot be read ('utf-8' codec can't decode byte 0xe9 in position 5: invalid continuation byte)",
-        ),
+        ({"label": 4}, "field conversations[1].label must be text, not 4"),
+        ({"label": "\ud83d"}, "field conversations[1].label has '\\ud83d' at character 0, half a surrogate pair"),
+        ({"weight": "1"}, "field conversations[1].weight must be a number, not '1'"),
+        ({"weight": True}, "field conversations[1].weight must be a number, not True"),
+        ({"weight": -1}, "field conversations[1].weight must be a number from 0 up, not -1"),
+        ({"weight": float("nan")}, "field conversations[1].weight must be a number from 0 up, not nan"),
+        ({"weight": 10**40}, f"field conversations[1].weight must be a number from 0 up, not {10**40}"),
     ],
 )
-def test_a_file_that_is_no_llava_json(tmp_path, content, message):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_json(path)
-    assert str(error.value) == f"{path}: {message}"
+def test_a_wrong_label_or_weight(answer, message):
+    with pytest.raises(BadRow) as error:
+        parse_row(row(HUMAN, {**GPT, **answer}))
+    assert str(error.value) == message
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    for path, reason in ((tmp_path / "absent.json", "No such file or directory"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError) as error:
-            read_json(path)
-        assert str(error.value).startswith(f"{path}: cannot be read (")
-        assert reason in str(error.value)
+def test_a_wrong_system_text():
+    with pytest.raises(BadRow, match=r"^field system must be text, not \['x'\]$"):
+        parse_row(row(HUMAN, GPT, system=["x"]))
+
+
+def test_a_deeply_nested_value_is_named_without_being_written_out():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(BadRow, match=r"^field conversations must be a list of turns, not a deeply nested dict$"):
+        parse_row({"conversations": {"a": deep}})
+
+
+# --- SteerLM ---------------------------------------------------------------------------------------------------------
+
+
+def steerlm(question, **fields):
+    turns = [
+        {"from": "User", "value": question, "label": None},
+        {"from": "Assistant", "value": 'It is <img src="x.jpg">.', "label": "quality:4,toxicity:0"},
+    ]
+    return {"system": "Be kind.", "mask": "User", "type": "VALUE_TO_TEXT", "conversations": turns, **fields}
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "images"),
+    [
+        ('<img src="/data/a/b.jpg">\nWhat?', "<image>\nWhat?", ("b.jpg",)),
+        ("<img src='b.jpg' /> and <img  src=\"c/d.png\"/>?", "<image> and <image>?", ("b.jpg", "d.png")),
+        ('<img src="b.jpg"><img src="b.jpg">', "<image><image>", ("b.jpg", "b.jpg")),
+        ('<img alt="no source"> <IMG SRC="b.jpg">', '<img alt="no source"> <IMG SRC="b.jpg">', ()),
+        ("Hi", "Hi", ()),
+    ],
+)
+def test_a_steerlm_line(question, text, images):
+    answer = Turn("assistant", 'It is <img src="x.jpg">.', "quality:4,toxicity:0")
+    assert parse_row(from_steerlm(steerlm(question))) == Row("", images, (Turn("user", text), answer), None, "Be kind.")
+
+
+def test_a_line_of_llava_json_stays_as_it_is():
+    raw = asks('<image> in <img src="b.jpg">', image="a.jpg")
+    assert from_steerlm(raw) is raw
+    video = asks('<video> in <img src="b.jpg">', video="a")
+    assert from_steerlm(video) is video
+
+
+@pytest.mark.parametrize(
+    "raw", [None, "x", [1], {}, {"conversations": "x"}, {"conversations": [1, {"from": ["User"]}]}]
+)
+def test_a_bad_line_is_left_to_the_parser(raw):
+    with pytest.raises(BadRow):
+        parse_row(from_steerlm(raw))
+
+
+def test_an_image_tag_without_a_name():
+    with pytest.raises(BadRow, match="field image must be a path or a list of paths"):
+        parse_row(from_steerlm(steerlm('<img src="a/">')))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask": "Assistant"}, "field mask must be User, the side that is not learned, not 'Assistant'"),
+        ({"mask": 3}, "field mask must be User, the side that is not learned, not 3"),
+        ({"type": "TEXT_TO_VALUE"}, "field type is TEXT_TO_VALUE, whose labels would be learned; only answers are"),
+    ],
+)
+def test_steerlm_that_is_not_understood(fields, message):
+    with pytest.raises(BadRow) as error:
+        from_steerlm(steerlm("Hi", **fields))
+    assert str(error.value) == message
