@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from neva_jax.benchmarks.conditions import conditions
 from neva_jax.benchmarks.synthetic import write_rows, write_tokenizer
@@ -76,6 +75,9 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in ("rows", "batch", "distinct"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    for image_px in options.image_px:
+        if image_px % 14 or not image_px:
+            raise UserError(f"--image-px {image_px}: must be a multiple of 14, the side of CLIP's patch")
     with tempfile.TemporaryDirectory(prefix="neva_jax_bench_") as name:
         folder = Path(name)
         source = {"json": options.json, "images": options.images}
@@ -161,18 +163,8 @@ def _stages(config: Config, distinct: int) -> dict[str, Any]:
         raise UserError(f"{source.json}: {error}") from None
     if not images:
         raise UserError(f"{source.json}: no row has an image")
-    size, kind = config.model.vision.image_size, {"square": CLIPImageProcessorPil, "squash": SiglipImageProcessorPil}
     hf_ms = difference = None
-    if config.data.image_mode in kind:
-        sides = {"height": size, "width": size}
-        square = {"size": {"shortest_edge": size}, "crop_size": sides}
-        processor = kind[config.data.image_mode](
-            **(square if config.data.image_mode == "square" else {"size": sides}), do_rescale=False, do_normalize=False
-        )
-
-        def by_hugging_face(image: Image.Image) -> np.ndarray:
-            return np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
-
+    if by_hugging_face := _hugging_face(config):
         gaps = [picture(image, config).tiles[0].astype(int) - by_hugging_face(image) for image in images]
         difference = int(max(np.abs(gap).max() for gap in gaps))
         hf_ms = _milliseconds(by_hugging_face, images)
@@ -188,6 +180,24 @@ def _stages(config: Config, distinct: int) -> dict[str, Any]:
         "source_bytes": round(float(np.mean([len(data) for data in files]))),
         "distinct_images": len(images),
     }
+
+
+def _hugging_face(config: Config) -> Callable[[Image.Image], np.ndarray] | None:
+    """RGB image -> [S, S, 3] uint8 by the processor that the image mode stands for; None: by none."""
+    # Here, because workers import what this module does, and transformers takes seconds.
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+    side = config.model.vision.image_size
+    square = {"height": side, "width": side}
+    if config.data.image_mode == "square":
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size=square, do_rescale=False, do_normalize=False
+        )
+    elif config.data.image_mode == "squash":
+        processor = SiglipImageProcessorPil(size=square, do_rescale=False, do_normalize=False)
+    else:
+        return None
+    return lambda image: np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
 
 
 def _one_or_mean(values: set[int], all_values: Sequence[int]) -> float:

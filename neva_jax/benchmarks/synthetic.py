@@ -27,16 +27,18 @@ def photograph(width: int, height: int, rng: np.random.Generator) -> Image.Image
         for c in range(3):
             coarse = rng.normal(0, strength, (cells * height // width + 2, cells + 2)).astype(np.float32)
             pixels[..., c] += Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    pixels += rng.normal(0, 6, (height, width, 1))
+    pixels += rng.normal(0, 5, (height, width, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def words(rng: np.random.Generator, count: int) -> str:
     """Words of one to four syllables, few of them often (Zipf), as in a language."""
-    ranks = np.minimum(rng.zipf(1.3, count), WORDS)
-    return " ".join(
-        "".join(SYLLABLES[(rank * p) % len(SYLLABLES)] for p in (1, 7, 31, 53)[: 1 + rank % 4]) for rank in ranks
-    )
+    return " ".join(_word(int(rank)) for rank in rng.zipf(1.3, count) % WORDS)
+
+
+def _word(rank: int) -> str:
+    number = (rank + 1) * 2654435761 % 2**32
+    return "".join(SYLLABLES[number // len(SYLLABLES) ** i % len(SYLLABLES)] for i in range(1 + number % 4))
 
 
 def write_rows(folder: Path, rows: int, images: int, size: tuple[int, int], quality: int, seed: int = 0) -> None:

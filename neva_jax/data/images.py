@@ -150,9 +150,10 @@ def load_image(path: str | Path, config: Config, frame: bool = False) -> Picture
     try:
         # Opened as usual, a FIFO would wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise BadRow(f"field {field}: {path} is no regular file")
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(min(status.st_size, MAX_BYTES + 1))  # Python takes memory for as much as is asked for
     except (OSError, ValueError) as error:
         raise BadRow(f"field {field}: {path} cannot be read ({error})") from None
     return decode_image(data, str(path), config, field, frame)

@@ -58,8 +58,7 @@ def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, 
         first, last = int(down[0][0]), int(down[0][-1] + down[1][-1])
         pixels = _resize_down(_resize_across(pixels[first:last], *across), down[0] - first, *down[1:])
     else:
-        first, last = int(across[0][0]), int(across[0][-1] + across[1][-1])
-        pixels = _resize_across(_resize_down(pixels[:, first:last], *down), across[0] - first, *across[1:])
+        pixels = _resize_across(_resize_down(pixels, *down), *across)
     return _rgb(pixels)
 
 
