@@ -226,11 +226,12 @@ class DataConfig:
     pack: bool = key(False, "Several samples in one row of `max_length`, by a plan made from cached lengths.")
     segments_per_row: int = key(16, "`pack`: most samples in one row.")
     images_per_row: int = key(1, "Most images in one row.")
-    image_mode: Literal["square", "pad", "keep", "anyres"] = key(
+    image_mode: Literal["square", "pad", "keep", "squash", "anyres"] = key(
         "square",
         "`square`: CLIP's resize and centre crop; `pad`: pad to a square with the mean colour first; `keep`: resize "
-        "with its proportions until it fits, and pad (NeVA's `keep`, on a square); `anyres`: the "
-        "whole image and crops of it on the grid that suits it best (LLaVA-NeXT).",
+        "with its proportions until it fits, and pad (NeVA's `keep`, on a square); `squash`: resize to the square "
+        "whatever its proportions (SigLIP's own); `anyres`: the whole image and crops of it on the grid that suits it "
+        "best (LLaVA-NeXT).",
     )
     exif_rotate: bool = key(True, "Turn photographs upright, as their EXIF orientation says (LLaVA does not).")
     max_pixels: int = key(40_000_000, "Images of more pixels are refused from their header, before they are decoded.")

@@ -138,7 +138,7 @@ NEMO_KEYS: dict[str, list[tuple[str, str, str]]] = {
         ("model.data.conv_template", "data.template", "`plain` or `v1`; `llama_2` and `nvgpt` not yet"),
         ("model.data.image_token_len", NOT_NEEDED, "(`image_size` / `patch_size`)², shown by `--print-config`"),
         ("model.data.lazy_preprocess", NOT_NEEDED, "rows are always prepared when they are needed"),
-        ("model.data.image_aspect_ratio", "data.image_mode", "`square`, `pad` or `anyres`"),
+        ("model.data.image_aspect_ratio", "data.image_mode", "`square`, `pad`, `keep` or `anyres`"),
         ("model.data.num_frames, splice_single_frame", "data.video_frames, data.splice_single_frame", ""),
         ("model.data.sep_image_conv_front", NOT_YET, "an image stands where its `<image>` mark stands"),
     ],

@@ -2,12 +2,14 @@
 
     square   shorter side -> S (bicubic), then the centre S x S                      HF CLIPImageProcessor
     pad      centred on a square of the mean colour, then as above                   LLaVA expand2square
+    keep     longer side -> S, then centred on S x S of the mean colour              NeVA's keep, on a square
+    squash   squeezed into S x S, whatever its proportions                           HF SiglipImageProcessor
     anyres   the whole image squeezed into S x S; then, on the best of the grids, S x S crops of the image,
              resized with its proportions and centred on black                       HF LlavaNextImageProcessor
 
-The first two make one tile, whose P features take the slots 0 … P-1. Feature p of tile k has slot k*P + p. Drawn here:
-`anyres` with P = 4 (2 x 2) for an image twice as high as wide, on a grid of 2 x 2 tiles. Tile 0 is the whole image; the
-features of the padding (`.`) are left out, and each row ends with the learned newline (`n`, slot -2):
+All but the last make one tile, whose P features take the slots 0 … P-1. Feature p of tile k has slot k*P + p. Drawn
+here: `anyres` with P = 4 (2 x 2) for an image twice as high as wide, on a grid of 2 x 2 tiles. Tile 0 is the whole
+image; the features of the padding (`.`) are left out, and each row ends with the learned newline (`n`, slot -2):
 
     crops         their features          without padding      and with newlines
     +---+---+      4  5 |  8  9            .  5 |  8  .         5  8 n
@@ -27,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from neva_jax.config import Config, DataConfig, image_tokens, token_grid
+from neva_jax.data.resize import resize
 from neva_jax.data.rows import BadRow
 
-MAX_PIXELS = 40_000_000
 TEXT, NEWLINE = -1, -2  # the slots that are no feature
 
 
@@ -57,14 +59,15 @@ def picture(image: Image.Image, config: Config, frame: bool = False) -> Picture:
     """An RGB image -> tiles and slots; `frame`: of a video, which is always one tile (`square` instead of `anyres`).
 
     Raises:
-      BadRow: more than 40 million pixels on the way to the result.
+      BadRow: `pad` would need more than `data.max_pixels` pixels.
     """
     data, vision = config.data, config.model.vision
     if data.image_mode == "anyres" and not frame:
         tiles = cut(image, vision.image_size, data.image_grids)
         return Picture(tiles, image_span(image.width, image.height, config))
     mode = "square" if data.image_mode == "anyres" else data.image_mode
-    return Picture(fit(image, vision.image_size, mode, vision.image_mean)[None], _one_tile(config))
+    tile = fit(image, vision.image_size, mode, vision.image_mean, data.max_pixels)
+    return Picture(tile[None], _one_tile(config))
 
 
 def tiles_per_image(config: Config) -> int:
@@ -148,43 +151,46 @@ def cut(image: Image.Image, size: int, grids: Sequence[Sequence[int]]) -> np.nda
         width, height = grid_width, min(math.ceil(image.height * by_width), grid_height)
     else:
         width, height = min(math.ceil(image.width * by_height), grid_width), grid_height
-    canvas = Image.new("RGB", (grid_width, grid_height))
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    canvas.paste(resized, ((grid_width - width) // 2, (grid_height - height) // 2))
-    crops = np.asarray(canvas, np.uint8).reshape(grid_height // size, size, grid_width // size, size, 3)
-    whole = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    canvas = np.zeros((grid_height, grid_width, 3), np.uint8)
+    left, top = (grid_width - width) // 2, (grid_height - height) // 2
+    canvas[top : top + height, left : left + width] = resize(image, width, height)
+    crops = canvas.reshape(grid_height // size, size, grid_width // size, size, 3)
+    whole = resize(image, size, size)
     return np.concatenate([whole[None], crops.swapaxes(1, 2).reshape(-1, size, size, 3)])
 
 
-def fit(image: Image.Image, size: int, mode: str, mean: Sequence[float]) -> np.ndarray:
+def fit(image: Image.Image, size: int, mode: str, mean: Sequence[float], max_pixels: int = 40_000_000) -> np.ndarray:
     """An RGB image -> [S, S, 3] uint8.
 
     Args:
       size: S, the side in pixels.
-      mode: `square` or `pad`.
-      mean: mean of each channel in 0..1; the colour of the padding.
+      mode: `square`, `pad`, `keep` or `squash`.
+      mean: mean of each channel in 0..1; the colour of the padding, rounded down as LLaVA's.
+      max_pixels: bound on the square that `pad` makes of a long, thin image.
 
     Raises:
-      BadRow: more than 40 million pixels on the way.
+      BadRow: that square would have more.
     """
-    if mode == "pad" and image.width != image.height:
-        side = max(image.size)
-        _check_area(image, side, side, "padded")
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in mean))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
     width, height = image.size
+    color = tuple(int(m * 255) for m in mean)
+    if mode == "squash":
+        return resize(image, size, size)
+    if mode == "keep":
+        width, height = (max(size * side // max(width, height), 1) for side in (width, height))
+        square = np.full((size, size, 3), color, np.uint8)
+        left, top = (size - width) // 2, (size - height) // 2
+        square[top : top + height, left : left + width] = resize(image, width, height)
+        return square
+    if mode == "pad" and width != height:
+        side = max(width, height)
+        if side**2 > max_pixels:
+            raise BadRow(
+                f"has {width} x {height} pixels, and padded {side} x {side}: more than data.max_pixels={max_pixels:,}"
+            )
+        square = Image.new("RGB", (side, side), color)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        return resize(square, size, size)
     short = min(width, height)
     width, height = int(size * width / short), int(size * height / short)
-    _check_area(image, width, height, "resized")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
-
-
-def _check_area(image: Image.Image, width: int, height: int, made: str) -> None:
-    """A few bytes of a 1 x 20000 picture would become gigabytes on their way to a square."""
-    if width * height > MAX_PIXELS:
-        raise BadRow(
-            f"has {image.width} x {image.height} pixels, and {made} {width} x {height}: more than {MAX_PIXELS:,}"
-        )
+    return resize(image, width, height, (left, top, left + size, top + size))

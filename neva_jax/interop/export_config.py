@@ -144,6 +144,8 @@ def check_llava(config: Config) -> str:
             f"model.projector.newline={projector.newline} with data.image_mode={mode}: LLaVA-NeXT's class cuts images "
             "and has the newline, LLaVA's neither; --text-only exports the language model alone"
         )
+    if mode == "keep":
+        raise UserError("data.image_mode=keep: no Hugging Face processor does it; --text-only exports without images")
     return "llava_next" if projector.newline else "llava"
 
 

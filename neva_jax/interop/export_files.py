@@ -172,14 +172,20 @@ def chat_template(config: Config, with_images: bool, with_bos: bool) -> str:
     )
 
 
+PROCESSORS = {  # data.image_mode: Hugging Face's class
+    "square": "CLIPImageProcessor",
+    "pad": "LlavaImageProcessor",
+    "squash": "SiglipImageProcessor",
+    "anyres": "LlavaNextImageProcessor",
+}
+
+
 def write_processor(folder: Path, config: Config) -> None:
     """preprocessor_config.json and processor_config.json of LlavaProcessor or LlavaNextProcessor."""
     vision, mode = config.model.vision, config.data.image_mode
     size = vision.image_size
     image: dict[str, Any] = {
-        "image_processor_type": {"square": "CLIPImageProcessor", "pad": "LlavaImageProcessor"}.get(
-            mode, "LlavaNextImageProcessor"
-        ),
+        "image_processor_type": PROCESSORS[mode],
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": size},
@@ -192,7 +198,10 @@ def write_processor(folder: Path, config: Config) -> None:
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
-    if mode != "square":
+    if mode == "squash":
+        image |= {"size": {"height": size, "width": size}, "do_center_crop": False}
+        del image["crop_size"]
+    if mode in ("pad", "anyres"):
         image["do_pad"] = True
     if mode == "anyres":
         image["image_grid_pinpoints"] = config.data.image_grids

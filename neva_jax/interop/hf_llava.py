@@ -116,7 +116,8 @@ def read_original_llava(raw: Raw, where: str, projector: ProjectorConfig | None)
     feature = raw.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):
         raise UserError(f"{where}: field mm_vision_select_feature={feature} is not supported; only patch and cls_patch")
-    data: dict[str, Any] = {"image_mode": ratio or "square"}
+    # `square` leaves it to the encoder's own preprocessing, which is CLIP's crop or SigLIP's squash.
+    data: dict[str, Any] = {} if ratio in (None, "square") else {"image_mode": ratio}
     if ratio == "anyres":
         data["image_grids"] = _grids(raw.get("image_grid_pinpoints"), where)
     if raw.get("mm_use_im_start_end"):
@@ -166,18 +167,20 @@ def read_preprocessor(folder: Path, vision: VisionConfig) -> Preprocessed:
         raw = read_json(path).get("image_processor")
     if not isinstance(raw, dict):
         note = f"{path} is not there: mean {vision.image_mean} and std {vision.image_std} are assumed"
-        return Preprocessed(vision, {}, [note])
+        return Preprocessed(vision, {"image_mode": "squash"} if vision.kind == "siglip" else {}, [note])
     notes = []
     size, crop = raw.get("size"), raw.get("crop_size")
     made = crop if raw.get("do_center_crop") and crop else size
     sides = {made} if isinstance(made, int) else {v for v in (made or {}).values() if isinstance(v, int)}
     if sides and sides != {vision.image_size}:
         raise UserError(f"{path}: makes images of {made}, but the vision encoder takes {vision.image_size}")
-    if not raw.get("do_center_crop", True) or (isinstance(size, dict) and "height" in size and not crop):
+    data = {"image_mode": "squash"} if isinstance(size, dict) and "height" in size else {}
+    if not data and not raw.get("do_center_crop", True):
         notes.append(f"{path} resizes without cropping; data.image_mode=square crops to the centre instead")
     if raw.get("resample", 3) != 3:
         notes.append(f"{path}: field resample={raw['resample']}; images are resized bicubically (3) here")
     kind = str(raw.get("image_processor_type", ""))
-    data = {"image_mode": "pad"} if kind.startswith("LlavaImageProcessor") and raw.get("do_pad") else {}
+    if kind.startswith("LlavaImageProcessor") and raw.get("do_pad"):
+        data = {"image_mode": "pad"}
     values = {name: [float(v) for v in raw[name]] for name in ("image_mean", "image_std") if name in raw}
     return Preprocessed(dataclasses.replace(vision, **values), data, notes)

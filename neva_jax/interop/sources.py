@@ -118,6 +118,7 @@ def _add_vision(source: Source, folder: Path, allow_pickle: bool, select: tuple[
     tower = read_vision(read_json(where), str(where), *select)
     prepared = read_preprocessor(folder, tower)
     source.notes += prepared.notes
+    source.data = prepared.data
     found = sort_names(open_weights(folder, allow_pickle))
     _refuse_tensors(found["projector"], folder)
     source.add("vision", prepared.vision, found["vision"], folder)
@@ -198,4 +199,4 @@ def _add_original(
         )
     source.add("projector", config, tensors, origin)
     source.add("llm", described.llm, found["llm"], src)
-    source.max_length, source.data = described.max_length, described.data
+    source.max_length, source.data = described.max_length, source.data | described.data

@@ -1,11 +1,12 @@
 """Pixels and slots against Hugging Face's processors and model code, and a brute-force padding."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil, LlavaNextProcessor, SiglipImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 
 from neva_jax.configfile import load_config
@@ -98,6 +99,52 @@ def test_pad_uses_the_mean_of_each_channel():
     ours = fit(image, 4, "pad", (0.1, 0.5, 0.99))
     assert ours[0].tolist() == ours[3].tolist() == [[25, 127, 252]] * 4
     assert ours[1].tolist() == ours[2].tolist() == [[255, 255, 255]] * 4
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_pad_gives_the_pixels_of_llava(size):
+    """Hugging Face's colour is rounded, LLaVA's own and ours is cut off: the mean here is the same either way."""
+    mean = (100 / 255, 50 / 255, 200 / 255)
+    processor = LlavaImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=mean,
+        do_pad=True,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    image = Image.fromarray(noise(*size))
+    (pixels,) = processor(image)["pixel_values"]
+    exact = tuple(m + 1e-6 for m in mean)
+    np.testing.assert_array_equal(fit(image, 32, "pad", exact), np.asarray(pixels).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("side", [32, 384])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_squash_gives_the_pixels_of_siglip(size, side):
+    processor = SiglipImageProcessorPil(size={"height": side, "width": side}, do_rescale=False, do_normalize=False)
+    image = Image.fromarray(noise(*size))
+    (pixels,) = processor(image)["pixel_values"]
+    np.testing.assert_array_equal(fit(image, side, "squash", MEAN), np.asarray(pixels).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("side", [32, 35, 224])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_keep_shows_the_whole_image_on_the_mean_colour(size, side):
+    image = Image.fromarray(noise(*size))
+    longer = max(size)
+    width, height = (max(math.floor(side * one / longer), 1) for one in size)
+    expected = np.empty((side, side, 3), np.uint8)
+    expected[:] = [math.floor(255 * m) for m in MEAN]
+    left, top = (side - width) // 2, (side - height) // 2
+    expected[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(fit(image, side, "keep", MEAN), expected)
+    assert max(width, height) == side
+
+
+def test_keep_of_a_square_is_square():
+    image = Image.fromarray(noise(50, 50))
+    np.testing.assert_array_equal(fit(image, 32, "keep", MEAN), fit(image, 32, "square", MEAN))
 
 
 # --- anyres: pixels --------------------------------------------------------------------------------------------------
@@ -264,7 +311,7 @@ def test_a_picture_has_a_tile_for_each_slot(size):
     assert made.span.slots.tolist() == image_span(*size, config).slots.tolist()
 
 
-@pytest.mark.parametrize("mode", ["square", "pad"])
+@pytest.mark.parametrize("mode", ["square", "pad", "keep", "squash"])
 def test_a_picture_of_one_tile(mode):
     config = settings(f"data.image_mode={mode}", side=28, patch=7)
     image = Image.fromarray(noise(50, 40))
@@ -274,7 +321,9 @@ def test_a_picture_of_one_tile(mode):
     assert image_span(50, 40, config).slots.tolist() == list(range(16))
 
 
-@pytest.mark.parametrize(("mode", "fitted"), [("square", "square"), ("pad", "pad"), ("anyres", "square")])
+@pytest.mark.parametrize(
+    ("mode", "fitted"), [(mode, mode) for mode in ("square", "pad", "keep", "squash")] + [("anyres", "square")]
+)
 def test_a_frame_of_a_video_is_one_tile(mode, fitted):
     config = settings(f"data.image_mode={mode}", side=28, patch=7)
     image = Image.fromarray(noise(50, 40))

@@ -224,6 +224,16 @@ def test_original_llava_with_start_and_end_tokens():
     assert (described.select, described.vision_width) == ((-2, "patch"), 16)
 
 
+def test_siglip_without_a_preprocessor_is_squashed(tmp_path):
+    assert read_preprocessor(tmp_path, read_vision(folders.SIGLIP, WHERE)).data == {"image_mode": "squash"}
+
+
+def test_original_llava_leaves_it_to_the_encoder():
+    for ratio in (None, "square"):
+        raw = folders.ORIGINAL | {"image_aspect_ratio": ratio}
+        assert read_original_llava(raw, WHERE, ProjectorConfig()).data == {}
+
+
 def test_preprocessor(tmp_path):
     vision = read_vision(folders.CLIP, WHERE)
     assert "mean [0.48145466, 0.4578275, 0.40821073] and" in read_preprocessor(tmp_path, vision).notes[0]
@@ -237,9 +247,13 @@ def test_preprocessor(tmp_path):
     assert read_preprocessor(tmp_path / "new", vision) == ours
     folders.write_preprocessor(tmp_path, image_processor_type="LlavaImageProcessor", do_pad=True)
     assert read_preprocessor(tmp_path, vision).data == {"image_mode": "pad"}
-    folders.write_preprocessor(tmp_path, do_center_crop=False, size={"height": 12, "width": 12}, resample=2)
+    folders.write_preprocessor(tmp_path, do_center_crop=False, resample=2)
     notes = read_preprocessor(tmp_path, vision).notes
     assert ["resizes without cropping" in notes[0], "field resample=2" in notes[1]] == [True, True]
+    siglip = {"image_processor_type": "SiglipImageProcessor", "do_center_crop": None, "crop_size": None}
+    folders.write_preprocessor(tmp_path, size={"height": 12, "width": 12}, **siglip)
+    ours = read_preprocessor(tmp_path, vision)
+    assert (ours.data, ours.notes) == ({"image_mode": "squash"}, [])
     folders.write_preprocessor(tmp_path, crop_size={"height": 16, "width": 16})
     with pytest.raises(UserError, match=r"makes images of .*16.*, but the vision encoder takes 12"):
         read_preprocessor(tmp_path, vision)

@@ -271,11 +271,14 @@ def test_the_processor_prepares_a_prompt_as_we_do(exported, tokenizer):
     assert theirs["input_ids"][0].tolist() == np.where(ours.slots >= 0, 400, ours.tokens).tolist()
 
 
-@pytest.mark.parametrize("mode", ["square", "pad", "anyres"])
+@pytest.mark.parametrize("mode", ["square", "pad", "squash", "anyres"])
 def test_the_processor_makes_our_pixels(mode, from_hf, to_hf, tmp_path):
     hf = folders.NEXT if mode == "anyres" else folders.LLAVA
     source = folders.write_folder(tmp_path / "hf", hf, folders.llava_arrays(hf))
     folders.write_preprocessor(source, image_processor_type="LlavaImageProcessor", do_pad=mode == "pad")
+    if mode == "squash":
+        size = {"height": 12, "width": 12}
+        folders.write_preprocessor(source, image_processor_type="SiglipImageProcessor", size=size, do_center_crop=False)
     checkpoint = from_hf(source)
     config = read_meta(locate(checkpoint)).config
     assert config.data.image_mode == mode
@@ -339,6 +342,7 @@ def change(checkpoint, **changes):
         ({"model__projector__kind": "mlp3x_gelu"}, "kind=mlp3x_gelu has another number of layers"),
         ({"model__projector__newline": True}, "newline=True with data.image_mode=square"),
         ({"data__image_mode": "anyres"}, "newline=False with data.image_mode=anyres"),
+        ({"data__image_mode": "keep"}, "data.image_mode=keep: no Hugging Face processor does it"),
         ({"model__vision__position_image_size": 24}, "position_image_size=24: the position table is interpolated"),
     ],
 )
