@@ -12,11 +12,11 @@ from neva_jax.errors import UserError
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there takes its place when the block ends without error.
 
-    Directories above `path` are made.
+    Directories above `path` are made. Processes that write the same file at once do not disturb each other.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield fresh
         os.replace(fresh, path)
@@ -38,3 +38,8 @@ def check_output(flag: str, path: str | Path, source: str | Path | None = None) 
             if not os.access(parent, os.W_OK):
                 raise UserError(f"{flag} {path}: {parent} cannot be written to")
             return
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

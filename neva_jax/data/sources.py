@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from grain.experimental import index_shuffle
 
 from neva_jax.config import SourceConfig
+from neva_jax.data.cache import file_key
 from neva_jax.data.rows import Row, parse_row, read_json
 from neva_jax.errors import UserError
 
@@ -64,6 +66,24 @@ class Sources:
                 return RowRef(source, (epoch * count + place) % len(self.rows[source]))
             place -= count
         raise AssertionError(index)
+
+    def order_many(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """`order` of the samples `start` … `start + count - 1`: their source numbers and row numbers, [count] each."""
+        refs = [self.order(index) for index in range(start, start + count)]
+        return np.array([ref.source for ref in refs]), np.array([ref.row for ref in refs])
+
+    def rows_in(self, source: int) -> int:
+        """Rows of one source."""
+        return len(self.rows[source])
+
+    def fingerprint(self, source: int) -> str:
+        """A key of what the source's file of rows holds."""
+        return file_key(self.configs[source].json)
+
+    def row_id(self, ref: RowRef) -> str:
+        """The id that a row gives itself; empty if it has none."""
+        raw = self.rows[ref.source][ref.row]
+        return str(raw.get("id", "")) if isinstance(raw, dict) else ""
 
     def after(self, ref: RowRef, steps: int) -> RowRef:
         """The row `steps` further down the same JSON file, round its end: what stands in for a bad row."""

@@ -123,7 +123,8 @@ class Block(nnx.Module):
             k = constrain(k, "batch", "length", "kv_heads", "head_dim")
             v = constrain(v, "batch", "length", "kv_heads", "head_dim")
             if cache is None:
-                attended = attend(q, k, v, segment_ids=segment_ids, window=window, backend=self.backend)
+                backend = self.backend if segment_ids is None else "xla"  # the other kernel knows no segments
+                attended = attend(q, k, v, segment_ids=segment_ids, window=window, backend=backend)
             else:
                 cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
                 attended = attend(q, cache.k, cache.v, positions=positions, window=window)

@@ -27,21 +27,24 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def batch_nll(graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int) -> jax.Array:
-    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32."""
+def batch_nll(graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int, packed: bool = False) -> jax.Array:
+    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32.
+
+    `packed`: rows may hold several segments.
+    """
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(micro)
+    hidden, _ = model(micro, packed)
     return weighted_nll(model.llm.logits, hidden, micro["targets"], micro["loss_weights"], chunk)
 
 
 def gradients(
-    graphdef: nnx.GraphDef, trained: Parameters, frozen: Parameters, batch: Arrays, chunk: int
+    graphdef: nnx.GraphDef, trained: Parameters, frozen: Parameters, batch: Arrays, chunk: int, packed: bool = False
 ) -> tuple[jax.Array, Parameters]:
     """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters."""
     weights = jnp.sum(batch["loss_weights"])
 
     def micro_loss(trained: Parameters, micro: Arrays) -> jax.Array:
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk) / weights
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed) / weights
 
     def accumulate(total: tuple[jax.Array, Parameters], micro: Arrays) -> tuple[tuple[jax.Array, Parameters], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, micro)), None
@@ -53,7 +56,11 @@ def gradients(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, chunk: int
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    chunk: int,
+    packed: bool = False,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -61,7 +68,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
-        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk)
+        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, packed)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics
@@ -70,13 +77,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, chunk: int
+    graphdef: nnx.GraphDef, chunk: int, packed: bool = False
 ) -> Callable[[Parameters, Parameters, Arrays], tuple[jax.Array, jax.Array]]:
     """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights)."""
 
     def eval_step(trained: Parameters, frozen: Parameters, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         def add(total: jax.Array, micro: Arrays) -> tuple[jax.Array, None]:
-            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk), None
+            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed), None
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["loss_weights"])
 
