@@ -53,6 +53,7 @@ class BadRowCount:
         self.sources, self.data, self.split = sources, data, split
         found = {(one["source"], one["row"]): one["kind"] for one in known if one["split"] == split}
         self._seen, self.counts = set(found), Counter(found.values())
+        self._last = ""  # message of the bad row that was found last
 
     def add(self, reports: Iterable[BadRowReport]) -> list[BadRowReport]:
         """Takes a batch's reports; returns those of rows that are new."""
@@ -62,6 +63,8 @@ class BadRowCount:
                 self._seen.add(key)
                 self.counts[one.kind] += 1
                 new.append(one)
+                if one.kind == "bad":
+                    self._last = one.message
         return new
 
     def check(self, reports: Sequence[BadRowReport], complete: bool) -> None:
@@ -74,10 +77,10 @@ class BadRowCount:
         bad, total = [one for one in reports if one.kind == "bad"], self.sources.row_count
         if bad and self.data.on_bad_row == "error":
             raise UserError(f"{bad[0].message}; mend the row, or set data.on_bad_row=skip")
-        if bad and self.counts["bad"] > self.data.max_bad_fraction * total:
+        if bad and self._last and self.counts["bad"] > self.data.max_bad_fraction * total:
             raise UserError(
                 f"{self.counts['bad']} of {total} rows are bad, more than data.max_bad_fraction="
-                f"{self.data.max_bad_fraction}; the last: {bad[-1].message}"
+                f"{self.data.max_bad_fraction}; the last: {self._last}"
             )
         if not complete:
             raise UserError(f"no good row in 100 places of the order; the last: {reports[-1].message}")

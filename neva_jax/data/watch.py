@@ -10,6 +10,7 @@ What they are doing stands on a board: a small file that all map, with a line fo
     [workers, THREADS, 3] f64     process id | the row that is being made, -1 between rows | the time it was begun
 """
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -35,10 +36,13 @@ STATES = {"T": "stopped", "D": "waiting for a disk or network", "Z": "dead"}  # 
 class Board:
     """What each worker is doing; picklable."""
 
-    def __init__(self, workers: int):
-        """`workers`: processes; 0: the threads of this process, as worker 0."""
-        self.workers, self._own = workers, 0
-        self._lines, self.path = np.zeros((1, THREADS, 3)), None
+    def __init__(self, workers: int, path: str | None = None):
+        """`workers`: processes; 0: the threads of this process, as worker 0. `path`: of a board that is there."""
+        self.workers, self.path, self._own = workers, path, 0
+        if path is not None:
+            self._lines = np.memmap(path, np.float64, "r+", shape=(workers, THREADS, 3))
+            return
+        self._lines = np.zeros((1, THREADS, 3))
         if workers:
             handle, self.path = tempfile.mkstemp(prefix="neva_jax-workers-")
             os.close(handle)
@@ -46,12 +50,8 @@ class Board:
             weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
         self._lines[:, :, 1] = -1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "workers": self.workers, "_own": 0}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lines = np.memmap(self.path, np.float64, "r+", shape=(self.workers, THREADS, 3))
+    def __reduce__(self) -> tuple:
+        return _opened, (self.workers, self.path)
 
     def close(self) -> None:
         """Takes the file away as soon as all workers have it; what ends all at once cannot do so."""
@@ -77,6 +77,12 @@ class Board:
         """The rows that a worker is making, each with the seconds since it was begun; the oldest first."""
         lines = [(int(row), time.time() - since) for _, row, since in self._lines[worker].tolist() if row >= 0]
         return sorted(lines, key=lambda line: -line[1])
+
+
+@functools.cache
+def _opened(workers: int, path: str | None) -> Board:
+    """A worker's board: one, however often it is sent to it, and still there when the file is not."""
+    return Board(workers, path)
 
 
 class Watched(Iterator):

@@ -1,41 +1,59 @@
 """Rows that cannot be used: what stands in for them, what is said, and when the run stops."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from neva_jax.data.bad_rows import BadRowCount
+from neva_jax.data.bad_rows import BadRowCount, BadRowReport
 from neva_jax.data.pipeline import ARRAYS, SampleMaker, batches
+from neva_jax.data.rows import DroppedRow
+from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef
 from neva_jax.errors import UserError
 from tests.data.rows import SIZE, assert_same, conversation, rows_of, stacked, write_rows
 
 
+def counter(sources, settings, known=(), **data):
+    return BadRowCount(sources, replace(settings.data, **data), "train", known)
+
+
+def take(count, batch):
+    """As the training loop does: the messages of the new rows."""
+    new = [one.message for one in count.add(batch.bad_rows)]
+    count.check(batch.bad_rows, complete=bool(batch.arrays))
+    return new
+
+
 def test_with_error_the_first_bad_row_stops_the_run(config, tokenizer, broken_rows):
     override, _, messages = broken_rows
     settings, sources = config(override, "data.on_bad_row=error")
-    count = BadRowCount(sources, "error", 1.0)
+    count = counter(sources, settings, on_bad_row="error", max_bad_fraction=1.0)
     order = [sources.order(i).row for i in range(20)]
     first = next(row for row in order if row in messages)
     good = order.index(first) // SIZE
     stream = batches(sources, settings, tokenizer, 0, 24)
     for _ in range(good):
-        assert count.add(next(stream)) == []
+        assert take(count, next(stream)) == []
     batch = next(stream)
     assert batch.arrays == {}
     with pytest.raises(UserError) as error:
-        count.add(batch)
+        take(count, batch)
     assert str(error.value) == f"{messages[first]}; mend the row, or set data.on_bad_row=skip"
 
 
 @pytest.mark.parametrize("bad", [4, 5, 12])
 def test_the_message_names_file_row_id_and_field(config, tokenizer, broken_rows, bad):
-    override, _, messages = broken_rows
+    override, path, messages = broken_rows
     settings, sources = config(override, "data.on_bad_row=error")
     (index,) = [i for i in range(20) if sources.order(i).row == bad]
     sample = SampleMaker(sources, settings, tokenizer)(index)
-    assert sample == {"bad_rows": [BadRowReport(RowRef(0, bad), messages[bad])]}
+    (report,) = sample.pop("bad_rows")
+    assert sample == {"consumed": index + 1}
+    assert report.message == messages[bad]
+    where, reason = f"{path}: row {bad} (id 'row-{bad}')", messages[bad].split("): ", 1)[1]
+    assert report == BadRowReport(RowRef(0, bad), index, "bad", f"row-{bad}", where, reason)
 
 
 def test_with_skip_the_next_good_row_stands_in(config, tokenizer, broken_rows):
@@ -77,14 +95,18 @@ def test_a_bad_row_is_counted_once(config, tokenizer, broken_rows):
     """Row 5 is met in its own place and in place of 4, and all of them again in the second epoch."""
     override, _, messages = broken_rows
     settings, sources = config(override, "data.on_bad_row=skip")
-    count = BadRowCount(sources, "skip", 3 / 20)
+    count = counter(sources, settings, max_bad_fraction=3 / 20)
     made = list(batches(sources, settings, tokenizer, 0, 40))
     assert sum(len(batch.bad_rows) for batch in made) == 8
-    new = [message for batch in made for message in count.add(batch)]
+    new = [message for batch in made for message in take(count, batch)]
     assert sorted(new) == sorted(messages.values())
-    assert sorted(count.messages) == sorted(messages.values())
-    resumed = BadRowCount(sources, "skip", 3 / 20, known=list(count.messages))
-    assert [message for batch in made for message in resumed.add(batch)] == []
+    assert count.counts == {"bad": 3}
+    records = [count.record(one, 7) for batch in made for one in batch.bad_rows]
+    resumed = counter(sources, settings, records)
+    assert resumed.counts == {"bad": 3}
+    assert [message for batch in made for message in take(resumed, batch)] == []
+    other = BadRowCount(sources, settings.data, "val", records)
+    assert other.counts == {}
 
 
 @pytest.mark.parametrize(("fraction", "stops_at"), [(0.0, 1), (0.09, 2), (0.1, 3), (0.149, 3), (0.15, None)])
@@ -95,15 +117,15 @@ def test_more_bad_rows_than_the_bound_stop_the_run(config, tokenizer, broken_row
     index = {sources.order(i).row: i for i in range(20)}
     order = (12, 5, 4)  # 4 comes with 5, so it is last
     made = [next(batches(sources, settings, tokenizer, index[row], 1)) for row in order]
-    count = BadRowCount(sources, "skip", fraction)
+    count = counter(sources, settings, max_bad_fraction=fraction)
     if stops_at is None:
         for batch in made:
-            count.add(batch)
+            take(count, batch)
         return
     for batch in made[: stops_at - 1]:
-        assert len(count.add(batch)) == 1
+        assert len(take(count, batch)) == 1
     with pytest.raises(UserError) as error:
-        count.add(made[stops_at - 1])
+        take(count, made[stops_at - 1])
     assert str(error.value) == (
         f"{stops_at} of 20 rows are bad, more than data.max_bad_fraction={fraction}; "
         f"the last: {messages[order[stops_at - 1]]}"
@@ -116,11 +138,11 @@ def test_a_source_without_any_good_row(config, tokenizer, tmp_path):
     settings, sources = config(override, "data.on_bad_row=skip")
     (batch,) = batches(sources, settings, tokenizer, 0, SIZE)
     with pytest.raises(UserError) as error:
-        BadRowCount(sources, "skip", 0.5).add(batch)
+        take(counter(sources, settings, max_bad_fraction=0.5), batch)
     assert str(error.value).startswith("3 of 3 rows are bad, more than data.max_bad_fraction=0.5; the last: ")
     with pytest.raises(UserError) as error:
-        BadRowCount(sources, "skip", 1.0).add(batch)
-    assert str(error.value).startswith(f"no good row within 100 rows of {path}: row ")
+        take(counter(sources, settings, max_bad_fraction=1.0), batch)
+    assert str(error.value).startswith(f"no good row in 100 places of the order; the last: {path}: row ")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +167,7 @@ def test_other_reasons_that_make_a_row_bad(config, tokenizer, tmp_path, row, mes
     settings, sources = config(override, "data.on_bad_row=error")
     (batch,) = batches(sources, settings, tokenizer, 0, 1)
     with pytest.raises(UserError, match=rf"^{path}: row 0 \(id 'x'\): {message}; mend the row, or set "):
-        BadRowCount(sources, "error", 1.0).add(batch)
+        take(counter(sources, settings, max_bad_fraction=1.0), batch)
 
 
 def test_an_image_without_a_folder_is_a_bad_row(config, tokenizer, tmp_path):
@@ -158,4 +180,47 @@ def test_an_image_without_a_folder_is_a_bad_row(config, tokenizer, tmp_path):
         f"{path}: row 0 (id 'x'): field image names a.png, but its source has no images folder"
     ]
     assert samples[1]["bad_rows"] == []
-    assert set(samples[1]) == {*ARRAYS, "bad_rows"}
+    assert set(samples[1]) == {*ARRAYS, "bad_rows", "consumed"}
+
+
+# --- rows left out on purpose ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def too_short(monkeypatch):
+    """Rows whose number is odd count as dropped."""
+    real = Samples.make
+
+    def make(self, ref):
+        if ref.row % 2:
+            raise DroppedRow("is odd")
+        return real(self, ref)
+
+    monkeypatch.setattr(Samples, "make", make)
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_dropped_row_is_replaced_counted_apart_and_no_error(config, tokenizer, tmp_path, too_short, policy):
+    rows = [conversation(f"{i}", "Hi", f"It is {i}.") for i in range(6)]
+    override, path = write_rows(tmp_path, rows)
+    settings, sources = config(override, f"data.on_bad_row={policy}", "data.max_bad_fraction=0")
+    count, new = counter(sources, settings), []
+    for batch in batches(sources, settings, tokenizer, 0, 16):
+        new += take(count, batch)
+        assert len(batch.arrays["tokens"]) == SIZE
+    assert sorted(new) == [f"{path}: row {i} (id '{i}'): is odd" for i in (1, 3, 5)]
+    assert count.counts == {"dropped": 3}
+    assert count.summary() == "0 bad and 3 dropped of 6 rows"
+    made = SampleMaker(sources, settings, tokenizer)
+    (index,) = [i for i in range(6) if sources.order(i).row == 5]
+    np.testing.assert_array_equal(made(index)["tokens"], made.make(RowRef(0, 0))["tokens"])
+
+
+def test_a_source_whose_rows_are_all_dropped(config, tokenizer, tmp_path, too_short):
+    rows = [conversation("0", "Hi", "x"), conversation("1", "Hi", "x")]
+    override, path = write_rows(tmp_path, rows)
+    settings, sources = config(override)
+    sources.after = lambda ref, steps: RowRef(0, 1)
+    (batch,) = batches(sources, settings, tokenizer, 0, 8)
+    with pytest.raises(UserError, match=f"^no good row in 100 places of the order; the last: {path}: row 1 "):
+        take(counter(sources, settings), batch)
