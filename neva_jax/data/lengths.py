@@ -97,6 +97,25 @@ def row_lengths(sources: Sources, config: Config, tokenizer: Tokenizer, say: Cal
     return Lengths(tuple(names), folder, digest.hexdigest())
 
 
+def summary(table: np.ndarray) -> dict[str, int | float]:
+    """What a table [rows] of ROW says as a whole: counts of rows, and tokens of those that can be used."""
+    tokens = table["tokens"][table["state"] == GOOD]
+    quantiles = np.quantile(tokens, (0.1, 0.5, 0.9)).tolist() if len(tokens) else [0.0] * 3
+    return {
+        "rows": len(table),
+        "bad": int((table["state"] == BAD).sum()),
+        "dropped": int((table["state"] == DROPPED).sum()),
+        "tokens": int(tokens.sum(dtype=np.int64)),
+        "supervised": int(table["supervised"].sum(dtype=np.int64)),
+        "tiles": int(table["tiles"].sum(dtype=np.int64)),
+        "tokens_mean": float(tokens.mean()) if len(tokens) else 0.0,
+        "tokens_p10": quantiles[0],
+        "tokens_p50": quantiles[1],
+        "tokens_p90": quantiles[2],
+        "longest": int(tokens.max(initial=0)),
+    }
+
+
 def measure(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) -> np.ndarray:
     """The table of one source, [rows] of ROW."""
     count, samples = sources.rows_in(source), Samples(sources, config, tokenizer)
