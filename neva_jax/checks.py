@@ -36,6 +36,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_images(config)
     _check_split(config.data)
+    _check_rows(config)
     _check_training(config)
     _check_files(config)
 
@@ -81,7 +82,7 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> int:
 
 _AT_LEAST_ONE = """
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
-    data.max_length data.images_per_row model.vision.position_image_size model.llm.sliding_window
+    data.max_length data.images_per_row data.segments_per_row model.vision.position_image_size model.llm.sliding_window
     model.llm.rope_original_length
     checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
     model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
@@ -93,6 +94,7 @@ _NOT_NEGATIVE = """
     optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps optimizer.weight_decay
 """
 _ABOVE_ZERO = """
+    data.worker_timeout
     optimizer.eps optimizer.clip_norm model.vision.norm_eps model.vision.position_init_std model.llm.norm_eps
     model.llm.init_std model.llm.rope_base model.llm.rope_fraction model.llm.rope_factor model.llm.rope_low_freq_factor
     model.llm.rope_high_freq_factor
@@ -243,6 +245,29 @@ def _check_images(config: Config) -> None:
                 f"data.image_grids[{i}]={grid} must be [height, width], both multiples of "
                 f"model.vision.image_size={size}"
             )
+
+
+def _check_rows(config: Config) -> None:
+    data, model = config.data, config.model
+    for length in data.length_buckets:
+        if not 1 <= length <= data.max_length:
+            raise UserError(
+                f"data.length_buckets={data.length_buckets}: {length} must lie in 1 … data.max_length={data.max_length}"
+            )
+    if not data.pack:
+        return
+    if data.length_buckets:
+        raise UserError(
+            f"data.length_buckets={data.length_buckets} has no effect with data.pack=true, whose rows are all of "
+            "data.max_length; set one of them"
+        )
+    if model.llm.rope_scaling == "dynamic":
+        raise UserError(
+            "model.llm.rope_scaling=dynamic stretches with the longest sample of a row, so that data.pack=true would "
+            "change the samples beside it; set data.pack=false"
+        )
+    if model.attention == "cudnn":
+        raise UserError("model.attention=cudnn has no mask for the rows of data.pack=true; use auto or xla")
 
 
 def _check_training(config: Config) -> None:

@@ -14,6 +14,10 @@ class UserError(Exception):
     """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
 
 
+class WorkerError(Exception):
+    """A process or thread that loads data has died or hangs: which, and what it was doing. Nothing is lost."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, like every other error of a command."""
 
@@ -25,14 +29,18 @@ class CommandParser(argparse.ArgumentParser):
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
-    0 done; 2 a `UserError`, printed as one line; 128 + signal after a stop that was saved (`main` returns it);
-    anything else is a traceback and 1.
+    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError`, printed as one line; 128 + signal after a stop that
+    was saved (`main` returns it); anything else is a traceback and 1.
     """
+    waits = False  # whether this process would never end by itself
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except WorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status, waits = 1, True  # for a thread that hangs
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT
@@ -45,7 +53,8 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
             raise
         traceback.print_exc()
         status = 1
-    if children := multiprocessing.active_children():
+    children = multiprocessing.active_children()
+    if children or waits:
         # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
         for child in children:
             child.kill()

@@ -38,3 +38,8 @@ def check_output(flag: str, path: str | Path, source: str | Path | None = None) 
             if not os.access(parent, os.W_OK):
                 raise UserError(f"{flag} {path}: {parent} cannot be written to")
             return
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from neva_jax.config import (
     trained_components,
 )
 from neva_jax.configfile import load_config, to_yaml
-from neva_jax.data.pipeline import BadRowCount, Batch, batches
+from neva_jax.data.bad_rows import BadRowCount
+from neva_jax.data.pipeline import Batch, batch_lengths, batches, plan_rows
+from neva_jax.data.plans import Plans
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import CommandParser, UserError, exit_with
@@ -117,7 +119,7 @@ def run(config: Config) -> int:
         if resumed is None:
             params = initialise_parameters(config, abstract, sources, log.say)
             moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
-            progress = {"samples": 0, "bad_rows": []}
+            progress = {"samples": 0}
         else:
             params, moments, progress = checkpoints.restore(
                 start, {name: abstract[name] for name in contents}, abstract_moments
@@ -132,19 +134,35 @@ def run(config: Config) -> int:
         del params
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
-        train_step = make_train_step(graphdef, optimizer, schedule, config.train.loss_chunk, dropout_seed(config))
-        eval_step = make_eval_step(graphdef, config.train.loss_chunk)
-        bad_rows = BadRowCount(train_rows, config.data.on_bad_row, config.data.max_bad_fraction, progress["bad_rows"])
+        # --- the rows, and the programs that they feed
+        plans = plan_rows(train_rows, config, tokenizer, log.say, "training")
+        samples = _resumed_samples(progress, plans, train_rows)
         left = (config.train.steps - start) * config.train.global_batch
-        stream = batches(train_rows, config, tokenizer, progress["samples"], left)
-        samples, meter, saved = progress["samples"], Meter(), start
+        stream = batches(train_rows, config, tokenizer, samples, left, plans)
+        bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
+        packed, chunk = config.data.pack, config.train.loss_chunk
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
+        validation = None
+        if val_rows is not None:
+            validation = Validation(
+                make_eval_step(graphdef, chunk, packed),
+                val_rows,
+                plan_rows(val_rows, config, tokenizer, log.say, "validation"),
+                BadRowCount(val_rows, config.data, "val", log.bad_rows),
+                config,
+                tokenizer,
+                accumulate,
+                log,
+            )
+        compiled: set[int] = set()  # lengths
+        meter, saved = Meter(), start
 
         def validate_now(step: int) -> None:
-            loss = validate(eval_step, state, frozen_params, val_rows, config, tokenizer, mesh, log.say)
+            loss = validation.run(step, state, frozen_params, mesh)
             log.metrics({"step": step, "val_loss": loss})
 
         def validation_due(step: int) -> bool:
-            return val_rows is not None and (step % config.eval.every == 0 or step == config.train.steps)
+            return validation is not None and (step % config.eval.every == 0 or step == config.train.steps)
 
         def save_now(step: int) -> None:
             everything = {**frozen_params, **state.trained}
@@ -152,7 +170,7 @@ def run(config: Config) -> int:
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                {"samples": samples, "bad_rows": list(bad_rows.messages)},
+                {"samples": samples, "plan": None if plans is None else plans.digest},
                 Meta(step, config, contents, base, tokenizer),
             )
 
@@ -167,17 +185,26 @@ def run(config: Config) -> int:
                 return 128 + stop.signal
             trace.before(step, state)
             batch = meter.next(stream)
-            for message in bad_rows.add(batch):
-                log.say(f"skipped {message}")
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            _count_bad_rows(batch, bad_rows, log, step)
+            length = batch.arrays["tokens"].shape[1]
+            compiles = length not in compiled
+            if compiles and len(batch_lengths(config)) > 1:
+                log.say(f"step {step}: the first batch of {length} tokens; compiling")
+            compiled.add(length)
+            timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
+            with (
+                nullcontext() if timed else meter.paused(state),
+                jax.profiler.StepTraceAnnotation("train", step_num=step),
+            ):
                 state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
-            samples += config.train.global_batch
-            meter.count(batch)
+                if compiles:
+                    jax.block_until_ready(metrics)
+            samples = batch.consumed
+            if timed:
+                meter.count(batch)
+            elif step == start + 1:
+                meter = Meter()  # nor does the wait for the first batch
             log.advance()
-            if step == start + 1:
-                jax.block_until_ready(metrics)
-                if config.log.every > 1:
-                    meter = Meter()  # the first step compiles; its time says nothing of the speed
             # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
             stopping = stop.signal is not None
             final = step == config.train.steps
@@ -209,35 +236,72 @@ def run(config: Config) -> int:
         if step < config.train.steps:
             log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
             return 128 + stop.signal
+        if bad_rows.counts:
+            log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
     return 0
 
 
-def validate(
-    eval_step: Any,
-    state: TrainState,
-    frozen: dict,
-    rows: Sources,
-    config: Config,
-    tokenizer: Tokenizer,
-    mesh: Any,
-    say: Callable[[str], None],
-) -> float:
-    """Mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once."""
-    size, accumulate = config.train.global_batch, check_mesh(config, dict(mesh.shape))
-    wanted = min(config.eval.batches * size, rows.epoch_size)
-    bad_rows = BadRowCount(rows, config.data.on_bad_row, config.data.max_bad_fraction)
-    # Threads: starting worker processes would take longer than a short validation.
-    threaded = replace(config, data=replace(config.data, workers=0))
-    total, weights = 0.0, 0.0
-    for i, batch in enumerate(batches(rows, threaded, tokenizer, 0, wanted)):
-        for message in bad_rows.add(batch):
-            say(f"validation skipped {message}")
-        surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
-        batch.arrays["loss_weights"][surplus] = 0
-        nll, weight = eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, accumulate))
-        total, weights = total + float(nll), weights + float(weight)
-    return total / weights
+def _resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources) -> int:
+    """Samples that the run has consumed; within an epoch, they are known only together with the plan of their rows.
+
+    Raises:
+      UserError: another plan than the one that the run began the epoch with.
+    """
+    samples, plan = progress["samples"], None if plans is None else plans.digest
+    if samples % rows.epoch_size and progress.get("plan") != plan:
+        raise UserError(
+            f"data.pack={plans is not None}: the checkpoint stands {samples % rows.epoch_size} samples into an epoch "
+            "that was packed otherwise; data.pack, data.max_length, data.images_per_row, data.segments_per_row, the "
+            "rows and all settings that change their lengths must stay as they were, or use a new run.dir"
+        )
+    return samples
+
+
+def _count_bad_rows(batch: Batch, count: BadRowCount, log: RunLog, step: int) -> None:
+    """Records and tells the rows that were met for the first time; raises UserError where the run may not go on."""
+    for report in count.add(batch.bad_rows):
+        log.bad_row(count.record(report, step))
+        if report.kind == "bad":
+            log.say(f"{'validation ' if count.split == 'val' else ''}skipped {report.message}")
+        elif count.counts["dropped"] == 1:
+            log.say(f"dropped {report.message}; bad_rows.jsonl lists this one and all that follow")
+    count.check(batch.bad_rows, complete=bool(batch.arrays))
+
+
+@dataclass
+class Validation:
+    """The mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once.
+
+    eval_step: of `make_eval_step`; accumulate: its micro batches per global batch.
+    """
+
+    eval_step: Any
+    rows: Sources
+    plans: Plans | None
+    bad_rows: BadRowCount
+    config: Config
+    tokenizer: Tokenizer
+    accumulate: int
+    log: RunLog
+
+    def __post_init__(self) -> None:
+        # Threads: starting worker processes would take longer than a short validation.
+        self.threaded = replace(self.config, data=replace(self.config.data, workers=0))
+
+    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any) -> float:
+        """The loss after `step`."""
+        size = self.config.train.global_batch
+        there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
+        wanted = min(self.config.eval.batches * size, there)
+        total, weights = 0.0, 0.0
+        for i, batch in enumerate(batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans)):
+            _count_bad_rows(batch, self.bad_rows, self.log, step)
+            surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
+            batch.arrays["loss_weights"][surplus] = 0
+            nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
+            total, weights = total + float(nll), weights + float(weight)
+        return total / weights
 
 
 @dataclass
@@ -259,8 +323,8 @@ class Meter:
         return batch
 
     def count(self, batch: Batch) -> None:
-        """Counts the rows of a batch, and its tokens without padding."""
-        self.samples += len(batch.arrays["tokens"])
+        """Counts the samples of a batch, and its tokens without padding."""
+        self.samples += batch.samples
         self.tokens += int((batch.arrays["segment_ids"] > 0).sum())
 
     @contextmanager

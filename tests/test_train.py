@@ -750,9 +750,16 @@ def test_a_skipped_row_is_replaced_by_the_next_and_told_once(damaged, start, tmp
     skip = [damaged.train, "data.on_bad_row=skip", "data.max_bad_fraction=0.04"]  # one of 25
     assert start(run, *skip) == 0
     saved = json.loads((run / "checkpoints" / "4" / "data" / "metadata").read_text())
-    assert saved == {"samples": 4 * BATCH, "bad_rows": [damaged.message]}
+    assert saved == {"samples": 4 * BATCH, "plan": None}
+    listed = (run / "bad_rows.jsonl").read_text()
     assert start(run, *skip, *of_steps(6)) == 0
     assert [line for line in said(run) if line.startswith("skipped")] == [f"skipped {damaged.message}"]
+    assert (run / "bad_rows.jsonl").read_text() == listed
+    (record,) = map(json.loads, listed.splitlines())
+    assert (record["step"], record["split"], record["kind"]) == (damaged.first_met, "train", "bad")
+    assert record["sample"] // BATCH + 1 == damaged.first_met
+    told = f"{record['file']}: row {record['row']} (id '{record['id']}'): {record['message']}"
+    assert told == damaged.message
     assert start(expected, damaged.replaced, *of_steps(6)) == 0
     assert repeatable(run) == repeatable(expected)
 

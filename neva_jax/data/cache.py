@@ -8,7 +8,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,9 @@ def locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"data.cache={path.parent}: cannot be written to ({error.strerror}); name another") from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        # A network file system without locks: two processes may then do the same work, but files appear whole.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

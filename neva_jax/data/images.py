@@ -41,7 +41,7 @@ TURNS = {
 }
 
 
-def sample_frames(frames: list[Path], count: int, splice_single_frame: str) -> list[Path]:
+def sample_frames(frames: list[str], count: int, splice_single_frame: str) -> list[str]:
     """`count` frames, evenly from the first to the last; a shorter video repeats its last one.
 
     `splice_single_frame`: `first`, `middle` or `last` takes that one alone, `none` does not.

@@ -4,175 +4,258 @@ Everything that leaves a worker is plain numpy, and a bad row is data, not an ex
 a report, so the main process can count it in the order of the run, whatever worker met it.
 """
 
+import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from neva_jax.config import Config
-from neva_jax.data.images import load_image, sample_frames
+from neva_jax.config import Config, image_tokens
+from neva_jax.data.bad_rows import BadRowReport, report
+from neva_jax.data.lengths import row_lengths
 from neva_jax.data.packing import training_row
-from neva_jax.data.rows import VIDEO_MARK, BadRow, Row
+from neva_jax.data.plans import Plans
+from neva_jax.data.rows import BadRow, DroppedRow
+from neva_jax.data.samples import Sample, Samples
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.data.stores import find_frames, find_image
-from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame
-from neva_jax.data.tiles import Picture, tiles_per_row
+from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.errors import UserError
+from neva_jax.data.watch import THREADS, Board, Watched
 
 ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
-
-
-@dataclass(frozen=True)
-class BadRowReport:
-    """A row that was met and could not be used."""
-
-    ref: RowRef
-    message: str
+ATTEMPTS = 100  # places of the order that may fail one after another; past them the source itself is broken
 
 
 @dataclass
 class Batch:
-    """B rows as host arrays (DESIGN, "Batch"), and the bad rows met while they were made."""
+    """B rows as host arrays (DESIGN, "Batch"), and the bad rows met while they were made.
+
+    consumed: samples of the run up to the end of this batch, which is where the next one begins.
+    """
 
     arrays: dict[str, np.ndarray]
     bad_rows: list[BadRowReport] = field(default_factory=list)
+    consumed: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples in it: rows, or the segments of packed rows."""
+        return int(self.arrays["segment_ids"].max(axis=1).sum())
 
 
 # Kept until the process ends: Grain closes an iterator that nobody holds, and then waits up to 25 s for each worker
 # that is writing a batch. `exit_with` ends the workers of a run that stops early at once.
-_STREAMS: list[Iterator[Batch]] = []
+_STREAMS: list[Iterator] = []
 
 
 class SampleMaker:
-    """Index of the run -> one training row with its images; runs in the workers."""
+    """Number of the row -> one training row with its images; runs in the workers.
 
-    def __init__(self, sources: Sources, config: Config, tokenizer: Tokenizer):
-        """Raises UserError: `data.image_start` or `data.image_end` is no token."""
-        self.sources, self.config, self.tokenizer = sources, config, tokenizer
-        self.template, self.frame = TEMPLATES[config.data.template], image_frame(config.data, tokenizer)
-        # A row is replaced by the next good one; past this many in a row the source itself is broken.
-        self.attempts = 1 if config.data.on_bad_row == "error" else 100
+    Without plans, row i is made from sample i of the run alone. With them, from the samples of the i-th row after
+    the run's `start`, (epoch, row).
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        config: Config,
+        tokenizer: Tokenizer,
+        plans: Plans | None = None,
+        start: tuple[int, int] = (0, 0),
+        board: Board | None = None,
+    ):
+        """Raises UserError as `Samples` does."""
+        self.sources, self.config, self.plans, self.start, self.board = sources, config, plans, start, board
+        self.samples = Samples(sources, config, tokenizer)
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The arrays of one row (without B), plus `bad_rows`; arrays are missing if no row could be used."""
-        first = self.sources.order(index)
+        """The arrays of one row (without B), plus `bad_rows` and `consumed`; arrays are missing if none could be made.
+
+        A place of the order that gives no sample is replaced by the next place that gives some.
+        """
+        if self.board is not None:
+            self.board.say(_line(), index)
+        consumed, places = self._places(index)
         bad: list[BadRowReport] = []
-        for step in range(self.attempts):
-            ref = self.sources.after(first, step)
-            try:
-                return {**self.make(ref), "bad_rows": bad}
-            except BadRow as error:
-                bad.append(BadRowReport(ref, f"{self.sources.describe(ref)}: {error}"))
-        return {"bad_rows": bad}
+        arrays: dict[str, np.ndarray] = {}
+        for place in itertools.islice(places, ATTEMPTS):
+            made = self._make_all(place, bad)
+            if made:
+                arrays = self.row(made)
+            if made or (self.config.data.on_bad_row == "error" and any(one.kind == "bad" for one in bad)):
+                break
+        if self.board is not None:
+            self.board.say(_line(), -1)
+        return {**arrays, "bad_rows": bad, "consumed": consumed}
 
     def make(self, ref: RowRef) -> dict[str, np.ndarray]:
-        """One row: the arrays of `training_row`, and `images` [K, S, S, 3] uint8 (zeros where there is no tile)."""
-        row = self.sources.read(ref)
-        folder = self.sources.configs[ref.source].images
-        if row.video is None:
-            turns, pictures = row.turns, self._images(row, folder)
-        else:
-            pictures = self._video(row.video, folder)
-            turns = row.with_frames(len(pictures))
-        spans = [picture.span for picture in pictures]
-        encoded = encode_conversation(turns, self.template, self.tokenizer, spans, self.frame)
-        arrays = training_row(encoded, self.config.data.max_length)
-        size = self.config.model.vision.image_size
+        """One source row alone in its training row; raises BadRow."""
+        return self.row([self.samples.make(ref)])
+
+    def row(self, made: Sequence[Sample]) -> dict[str, np.ndarray]:
+        """Samples -> the arrays of `training_row`, and `images` [K, S, S, 3] uint8 (zeros where there is no tile)."""
+        tokens, size = image_tokens(self.config.model), self.config.model.vision.image_size
+        features = [len(sample.tiles) * tokens for sample in made]
+        arrays = training_row([sample.encoded for sample in made], features, self.config.data.max_length)
         arrays["images"] = np.zeros((tiles_per_row(self.config), size, size, 3), np.uint8)
-        if pictures:
-            tiles = np.concatenate([picture.tiles for picture in pictures])
-            arrays["images"][: len(tiles)] = tiles
+        first = 0
+        for sample in made:
+            arrays["images"][first : first + len(sample.tiles)] = sample.tiles
+            first += len(sample.tiles)
         return arrays
 
-    def _images(self, row: Row, folder: str | None) -> list[Picture]:
-        most = self.config.data.images_per_row
-        if len(row.images) > most:
-            raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {most}")
-        # Where there are no videos, the word is text: of HTML, say.
-        if self.config.data.video_frames and (marks := row.count(VIDEO_MARK)):
-            raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
-        return [load_image(find_image(folder, name), self.config) for name in row.images]
+    def describe(self, index: int) -> str:
+        """Names what the row `index` is made from."""
+        _, places = self._places(index)
+        first, *others = next(places)
+        name = self.sources.describe(first[1])
+        return f"{name} and {len(others)} others of its packed row" if others else name
 
-    def _video(self, name: str, folder: str | None) -> list[Picture]:
-        data = self.config.data
-        if not data.video_frames:
-            raise BadRow("has a field video, but data.video_frames is 0; set the number of frames to take of a video")
-        frames = sample_frames(find_frames(folder, name), data.video_frames, data.splice_single_frame)
-        loaded = {path: load_image(path, self.config, frame=True) for path in dict.fromkeys(frames)}
-        return [loaded[path] for path in frames]
+    def _places(self, index: int) -> tuple[int, Iterator[list[tuple[int, RowRef]]]]:
+        """Samples of the run up to the end of the row `index`; and what it may be made from, the first choice first.
 
-
-def _collate(samples: list[dict[str, Any]]) -> Batch:
-    bad_rows = [report for sample in samples for report in sample["bad_rows"]]
-    if not all("tokens" in sample for sample in samples):
-        return Batch({}, bad_rows)
-    return Batch({name: np.stack([sample[name] for sample in samples]) for name in ARRAYS}, bad_rows)
-
-
-class BadRowCount:
-    """Counts the distinct bad rows of a run and stops it when the configured bound is passed."""
-
-    def __init__(self, sources: Sources, on_bad_row: str, max_fraction: float, known: list[str] = ()):
-        self.on_bad_row, self.max_fraction, self.total = on_bad_row, max_fraction, sources.row_count
-        self.messages: dict[str, None] = dict.fromkeys(known)
-
-    def add(self, batch: Batch) -> list[str]:
-        """Takes a batch's reports; returns the messages that are new.
-
-        Raises:
-          UserError: the policy is `error` and there is a report, or the fraction of bad rows is above the bound.
+        A choice is a list of (number of the sample in the run, row of a source).
         """
-        if batch.bad_rows and self.on_bad_row == "error":
-            raise UserError(f"{batch.bad_rows[0].message}; mend the row, or set data.on_bad_row=skip")
-        found = dict.fromkeys(report.message for report in batch.bad_rows)
-        new = [message for message in found if message not in self.messages]
-        self.messages.update(found)
-        if len(self.messages) > self.max_fraction * self.total:
-            raise UserError(
-                f"{len(self.messages)} of {self.total} rows are bad, more than data.max_bad_fraction="
-                f"{self.max_fraction}; the last: {list(self.messages)[-1]}"
-            )
-        if not batch.arrays:
-            raise UserError(f"no good row within 100 rows of {batch.bad_rows[-1].message}")
-        return new
+        if self.plans is None:
+            first = self.sources.order(index)
+            return index + 1, ([(index, self.sources.after(first, step))] for step in itertools.count())
+        plans, size = self.plans, self.sources.epoch_size
+        epoch, row = plans.locate(self.start[0], self.start[1] + index)
+
+        def rows() -> Iterator[list[tuple[int, RowRef]]]:
+            for step in itertools.count():
+                at, number = plans.locate(epoch, row + step)
+                numbers = [at * size + sample for sample in plans[at].row(number)]
+                yield [(sample, self.sources.order(sample)) for sample in numbers]
+
+        return plans.consumed(epoch, row + 1), rows()
+
+    def _make_all(self, place: list[tuple[int, RowRef]], bad: list[BadRowReport]) -> list[Sample]:
+        """The samples of a place that can be made and fit; reports of the others go to `bad`."""
+        made: list[Sample] = []
+        tokens, tiles = 0, 0
+        for number, ref in place:
+            try:
+                sample = self.samples.make(ref)
+                length = len(sample.encoded.tokens) - 1
+                if tokens + length > self.config.data.max_length or tiles + len(sample.tiles) > tiles_per_row(
+                    self.config
+                ):
+                    raise BadRow(
+                        f"needs {length} tokens and {len(sample.tiles)} tiles, more than when its row was planned; "
+                        "its images have changed: delete data.cache"
+                    )
+            except BadRow as error:
+                bad.append(report(self.sources, ref, number, error))
+                if self.config.data.on_bad_row == "error" and not isinstance(error, DroppedRow):
+                    return []
+                continue
+            made.append(sample)
+            tokens, tiles = tokens + length, tiles + len(sample.tiles)
+        return made
 
 
-def batches(sources: Sources, config: Config, tokenizer: Tokenizer, first_sample: int, samples: int) -> Iterator[Batch]:
-    """Batches of `train.global_batch` rows for the samples `first_sample` … `first_sample + samples - 1` of the run.
+_threads: dict[int, int] = {}
+
+
+def _line() -> int:
+    """A number of the calling thread, from 0 on."""
+    return _threads.setdefault(threading.get_ident(), len(_threads))
+
+
+def plan_rows(
+    sources: Sources, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], name: str
+) -> Plans | None:
+    """The packing plans with `data.pack`, else None; the lengths that they need are measured where none are cached.
+
+    `name` (training, validation) stands in what is said.
+
+    Raises:
+      UserError: the cache folder cannot be used.
+    """
+    if not config.data.pack:
+        return None
+    plans = Plans(sources, row_lengths(sources, config, tokenizer, say), config)
+    first, length = plans[0], config.data.max_length
+    say(
+        f"{name}: {sources.epoch_size} samples packed into {first.rows} rows of {length} tokens, "
+        f"{100 * first.tokens / (first.rows * length):.1f} % of them useful"
+    )
+    return plans
+
+
+def batches(
+    sources: Sources,
+    config: Config,
+    tokenizer: Tokenizer,
+    first_sample: int,
+    rows: int,
+    plans: Plans | None = None,
+) -> Iterator[Batch]:
+    """Batches of `train.global_batch` rows: `rows` rows of the run, from the one that begins with `first_sample`.
 
     The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed. The last
     batch is padded by going on in the order, so that every batch is whole.
+
+    Raises:
+      UserError: `first_sample` is within a packed row.
+      WorkerError: while iterating; see `Watched`.
     """
     size = config.train.global_batch
-    count = -(-samples // size)
+    count = -(-rows // size)
+    workers = min(config.data.workers, count)
+    board = Board(workers)
+    start = (0, 0) if plans is None else plans.start(first_sample)
+    maker = SampleMaker(sources, config, tokenizer, plans, start, board)
+    first = first_sample if plans is None else 0
     dataset = (
-        grain.MapDataset.range(first_sample, first_sample + count * size)
-        .map(SampleMaker(sources, config, tokenizer))
-        .batch(size, batch_fn=_collate)
-        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        grain.MapDataset.range(first, first + count * size)
+        .map(maker)
+        .batch(size, batch_fn=partial(_collate, batch_lengths(config)))
+        .to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4))
     )
-    if config.data.workers:
+    if workers:
         # Grain's workers read absl flags, which only absl's own main would have parsed.
         flags.FLAGS.mark_as_parsed()
         # The semaphores of workers that were killed are cleaned up, which is nothing to warn about.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        options = grain.MultiprocessingOptions(num_workers=min(config.data.workers, count), per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_become_worker)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=partial(_become_worker, board))
     stream = iter(dataset)
-    if config.data.workers:
+    if workers:
         _STREAMS.append(stream)
-    return stream
+    return Watched(stream, config.data.worker_timeout, board, maker.describe)
 
 
-def _become_worker(index: int, count: int) -> None:
+def batch_lengths(config: Config) -> list[int]:
+    """The lengths T that batches may have, in order."""
+    return sorted({*config.data.length_buckets, config.data.max_length})
+
+
+def _collate(lengths: Sequence[int], samples: list[dict[str, Any]]) -> Batch:
+    """Rows -> a batch of the smallest of the lengths that holds them all."""
+    bad_rows = [report for sample in samples for report in sample["bad_rows"]]
+    consumed = samples[-1]["consumed"]
+    if not all("tokens" in sample for sample in samples):
+        return Batch({}, bad_rows, consumed)
+    longest = max(int((sample["segment_ids"] > 0).sum()) for sample in samples)
+    length = next(length for length in lengths if length >= longest)
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([sample[name] if name == "images" else sample[name][:length] for sample in samples])
+
+    return Batch({name: stacked(name) for name in ARRAYS}, bad_rows, consumed)
+
+
+def _become_worker(board: Board, index: int, count: int) -> None:
     """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
@@ -180,6 +263,7 @@ def _become_worker(index: int, count: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    board.enter(index)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

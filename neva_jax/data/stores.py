@@ -122,7 +122,7 @@ class FolderStore(Store):
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise self._too_large(name, field, size, limit)
-            return file.read(limit)
+            return file.read(size)  # not `limit`: Python takes as much memory as it is asked for
 
     def _files(self, name: str) -> list[str] | None:
         path = self.find(name, "video")
@@ -139,12 +139,6 @@ def find_image(folder: str | Path | None, name: str, field: str = "image") -> Pa
     if not path.is_file():
         raise BadRow(f"field {field}: {name} in {folder} is no regular file")
     return path
-
-
-def find_frames(folder: str | Path | None, name: str) -> list[Path]:
-    """The frames of the video `name`, a folder inside `folder`. Raises BadRow as `Store.frames`."""
-    store = NoStore() if folder is None else FolderStore(folder)
-    return [find_image(folder, frame, "video") for frame in store.frames(name)]
 
 
 def open_store(path: str | Path | None, cache: Path) -> Store:

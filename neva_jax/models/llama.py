@@ -133,7 +133,8 @@ class Block(nnx.Module):
                     *(q, k, v),
                     segment_ids=segment_ids,
                     window=window,
-                    backend=self.backend,
+                    # The other kernel knows no segments.
+                    backend=self.backend if segment_ids is None else "xla",
                     dropout_rate=config.attention_dropout,
                     rng=rngs[0],
                 )

@@ -1,4 +1,4 @@
-"""What a run says: `metrics.jsonl`, `log.txt`, a loss plot, TensorBoard, W&B, and a progress line."""
+"""What a run says: `metrics.jsonl`, `bad_rows.jsonl`, `log.txt`, a loss plot, TensorBoard, W&B, and a progress line."""
 
 import json
 import math
@@ -43,6 +43,8 @@ class RunLog:
         self.run_dir, self.total_steps = run_dir, total_steps
         self._rows = _rewind(run_dir / "metrics.jsonl", resumed_step)
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.bad_rows = _rewind(run_dir / "bad_rows.jsonl", resumed_step)
+        self._bad = (run_dir / "bad_rows.jsonl").open("a", encoding="utf-8")
         self._text = (run_dir / "log.txt").open("a", encoding="utf-8")
         self._tensorboard = _tensorboard(run_dir, resumed_step) if config.tensorboard else None
         self._wandb = _wandb(config, run_dir, run_config) if config.wandb != "off" else None
@@ -61,6 +63,7 @@ class RunLog:
         if self._rows:
             self._plot()
         self._file.close()
+        self._bad.close()
         self._text.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -77,6 +80,11 @@ class RunLog:
     def has(self, step: int, name: str) -> bool:
         """Whether the value `name` of a step is logged already."""
         return any(row["step"] == step and name in row for row in self._rows)
+
+    def bad_row(self, record: dict[str, Any]) -> None:
+        """One line of `bad_rows.jsonl`: `step` and what is known of a row that could not be used."""
+        self._bad.write(json.dumps(record) + "\n")
+        self._bad.flush()
 
     def advance(self, steps: int = 1) -> None:
         """Moves the progress bar."""

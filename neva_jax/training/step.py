@@ -29,11 +29,19 @@ class TrainState(NamedTuple):
 
 
 def batch_nll(
-    graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: int, rng: jax.Array | None = None
+    graphdef: nnx.GraphDef,
+    params: Parameters,
+    micro: Arrays,
+    chunk: int,
+    packed: bool = False,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32; `rng` is dropout's key."""
+    """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32.
+
+    packed: rows may hold several segments; rng: dropout's key.
+    """
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(micro, rng=rng)
+    hidden, _ = model(micro, packed, rng=rng)
     return weighted_nll(model.llm.logits, hidden, micro["targets"], micro["loss_weights"], chunk)
 
 
@@ -43,6 +51,7 @@ def gradients(
     frozen: Parameters,
     batch: Arrays,
     chunk: int,
+    packed: bool = False,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Parameters]:
     """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters.
@@ -55,7 +64,7 @@ def gradients(
 
     def micro_loss(trained: Parameters, part: Part) -> jax.Array:
         micro, rng = part
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, rng) / weights
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng) / weights
 
     def accumulate(total: tuple[jax.Array, Parameters], part: Part) -> tuple[tuple[jax.Array, Parameters], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, part)), None
@@ -71,6 +80,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     chunk: int,
+    packed: bool = False,
     dropout_seed: int | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
@@ -81,7 +91,7 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, rng)
+        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
         return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics
@@ -90,13 +100,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, chunk: int
+    graphdef: nnx.GraphDef, chunk: int, packed: bool = False
 ) -> Callable[[Parameters, Parameters, Arrays], tuple[jax.Array, jax.Array]]:
     """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights)."""
 
     def eval_step(trained: Parameters, frozen: Parameters, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         def add(total: jax.Array, micro: Arrays) -> tuple[jax.Array, None]:
-            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk), None
+            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed), None
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["loss_weights"])
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from neva_jax.data import archives, stores
 from neva_jax.data.rows import BadRow
-from neva_jax.data.stores import FolderStore, find_frames, find_image, open_store
+from neva_jax.data.stores import FolderStore, find_image, open_store
 from neva_jax.errors import UserError
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -89,11 +89,10 @@ def video(folder):
 
 
 def test_frames_are_the_files_of_the_folder_sorted_by_name(video):
-    assert (
-        find_frames(video, "clip")
-        == find_frames(str(video), "./clip/")
-        == [video / "clip" / f"{i:02d}.png" for i in range(7)]
-    )
+    for store, name in ((FolderStore(video), "clip"), (FolderStore(str(video)), "./clip/")):
+        assert [store.read(frame, "video") for frame in store.frames(name)] == [
+            (video / "clip" / f"{i:02d}.png").read_bytes() for i in range(7)
+        ]
 
 
 def test_videos_that_cannot_be_used(video):
@@ -111,10 +110,11 @@ def test_videos_that_cannot_be_used(video):
         "out": f"field video: out/a.png leads out of {video}",
     }.items():
         with pytest.raises(BadRow) as error:
-            find_frames(video, name)
+            store = FolderStore(video)
+            store.read(store.frames(name)[0], "video")
         assert str(error.value) == message
     with pytest.raises(BadRow) as error:
-        find_frames(None, "clip")
+        open_store(None, video).frames("clip")
     assert str(error.value) == "field video names clip, but its source has no images folder"
 
 

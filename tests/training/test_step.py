@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from neva_jax.config import OptimizerConfig, frozen_components, trained_components
+from neva_jax.config import OptimizerConfig, frozen_components, image_tokens, trained_components
+from neva_jax.data.packing import training_row
+from neva_jax.data.templates import Encoded
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import make_mesh, place_batch, shardings
 from neva_jax.training.optimizer import learning_rate, make_optimizer
@@ -284,7 +286,7 @@ def test_dropout_follows_the_key_and_the_micro_batch():
     four = float(dropout_loss(4, 1, eight_times_the_same)[0])
     _, trained, rest = model("vision")
     first = in_micro_batches({name: array[:2] for name, array in eight_times_the_same().items()}, 1)
-    one = gradients(neva_graph(dropout_model()), trained, rest, first, CHUNK, jax.random.key(1))[0]
+    one = gradients(neva_graph(dropout_model()), trained, rest, first, CHUNK, rng=jax.random.key(1))[0]
     assert abs(four - float(one)) > 1e-4
 
 
@@ -336,7 +338,77 @@ def test_no_dropout_in_validation_and_no_random_numbers_without_rates():
     state = TrainState(jnp.int32(0), trained, jax.eval_shape(optimizer.init, trained))
 
     def program(graphdef, seed):
-        return make_train_step(graphdef, optimizer, schedule, CHUNK, seed).lower(state, rest, batch).as_text()
+        step = make_train_step(graphdef, optimizer, schedule, CHUNK, dropout_seed=seed)
+        return step.lower(state, rest, batch).as_text()
 
     assert "threefry" in program(neva_graph(dropout_model()), 3)
     assert "threefry" not in program(model("vision")[0], None)
+
+
+# --- packed rows -----------------------------------------------------------------------------------------------------
+
+
+def packed_and_alone():
+    """The same six samples, one or two tiles each or none, alone in rows and packed into two rows: [6, ...], [2, ...].
+
+    Their tokens are random, so the targets are: what counts is that no sample sees another.
+    """
+    draw = np.random.default_rng(5)
+    config = tiny_config()
+    features = image_tokens(config)
+    size = config.vision.image_size
+    samples, tiles = [], []
+    for length, count in ((12, 1), (7, 0), (13, 2), (9, 1), (14, 1), (5, 0)):
+        slots = np.full(length + 1, -1, np.int32)
+        room = min(count * features, length - 2)
+        slots[1 : 1 + room] = np.arange(count * features)[-room:] if room else []
+        weights = np.where(np.arange(length + 1) > room + 1, draw.random(length + 1), 0).astype(np.float32)
+        samples.append(Encoded(draw.integers(1, 40, length + 1).astype(np.int32), weights, slots))
+        tiles.append(draw.integers(0, 256, (count, size, size, 3)).astype(np.uint8))
+
+    def batch(rows, length, most):
+        made = []
+        for row in rows:
+            arrays = training_row([samples[i] for i in row], [len(tiles[i]) * features for i in row], length)
+            arrays["images"] = np.zeros((most, size, size, 3), np.uint8)
+            own = np.concatenate([tiles[i] for i in row])
+            arrays["images"][: len(own)] = own
+            made.append(arrays)
+        return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+    return batch([[i] for i in range(6)], 14, 2), batch([[0, 1, 2], [3, 4, 5]], 34, 3)
+
+
+@pytest.mark.parametrize("frozen", [("vision",), ("vision", "llm"), ()])
+def test_packed_rows_have_the_loss_and_gradients_of_the_samples_alone(frozen):
+    alone, packed = packed_and_alone()
+    graphdef, trained, rest = model(*frozen)
+    compute = jax.jit(partial(gradients, graphdef), static_argnums=(3, 4))
+    loss, grads = compute(trained, rest, in_micro_batches(alone, 1), CHUNK, False)
+    packed_loss, packed_grads = compute(trained, rest, in_micro_batches(packed, 1), CHUNK, True)
+    assert relative_error(packed_loss, loss) < 1e-5
+    assert_trees_close(packed_grads, grads, 1e-5)
+    unaware, _ = compute(trained, rest, in_micro_batches(packed, 1), CHUNK, False)
+    assert relative_error(unaware, loss) > 1e-3
+
+
+def test_a_packed_mask_is_causal_within_each_segment():
+    """Which tokens a token sees, by brute force: changing one token changes the outputs of those that see it alone."""
+    _, packed = packed_and_alone()
+    graphdef, trained, _ = model()
+    row = {name: values[:1] for name, values in packed.items()}
+    segments, length = row["segment_ids"][0], 34
+
+    @jax.jit
+    def outputs(tokens):
+        return nnx.merge(graphdef, trained)({**row, "tokens": tokens, "image_slots": jnp.full((1, length), -1)}, True)[
+            0
+        ]
+
+    before = np.asarray(outputs(row["tokens"]))[0]
+    for changed in range(length):
+        tokens = row["tokens"].copy()
+        tokens[0, changed] += 1
+        differs = np.abs(np.asarray(outputs(tokens))[0] - before).max(axis=-1) > 0
+        sees = (np.arange(length) >= changed) & (segments == segments[changed])
+        np.testing.assert_array_equal(differs, sees)
