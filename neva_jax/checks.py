@@ -7,6 +7,7 @@ from typing import Any
 from neva_jax.config import (
     COMPONENTS,
     Config,
+    DataConfig,
     LlmConfig,
     ModelConfig,
     frozen_components,
@@ -18,6 +19,7 @@ from neva_jax.config import (
     rotary_width,
     walk,
 )
+from neva_jax.data.templates import NEVA
 from neva_jax.errors import UserError
 
 
@@ -33,6 +35,7 @@ def check(config: Config) -> None:
     check_ranges(config)
     _check_model(config.model)
     _check_images(config)
+    _check_template(config.data)
     _check_training(config)
     _check_files(config)
 
@@ -244,6 +247,21 @@ def _check_images(config: Config) -> None:
                 f"data.image_grids[{i}]={grid} must be [height, width], both multiples of "
                 f"model.vision.image_size={size}"
             )
+
+
+def _check_template(data: DataConfig) -> None:
+    if data.template == "jinja" and data.chat_template is None:
+        raise UserError("data.template=jinja needs data.chat_template: a Jinja file or a tokenizer_config.json")
+    if data.template != "jinja" and data.chat_template is not None:
+        raise UserError(
+            f"data.chat_template={data.chat_template} has no effect with data.template={data.template}; set "
+            "data.template=jinja or data.chat_template=null"
+        )
+    if data.compat == "neva" and data.template not in NEVA:
+        raise UserError(
+            f"data.compat=neva: NeVA trains on no template {data.template}; it knows {', '.join(NEVA)}; set "
+            "data.compat=none"
+        )
 
 
 def _check_training(config: Config) -> None:

@@ -16,6 +16,8 @@ from absl import logging as absl_logging
 from neva_jax.checks import check, check_mesh, check_ranges
 from neva_jax.config import COMPONENTS, Config, derived_comment, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.configfile import load_config, to_yaml
+from neva_jax.data.chat_template import with_chat_template
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.pipeline import BadRowCount, Batch, batches
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
@@ -67,7 +69,8 @@ def run(config: Config) -> int:
 
     # --- what is to be done, checked before a device holds anything
     tokenizer = Tokenizer.from_file(config.model.tokenizer)
-    config = with_vocabulary(config, tokenizer)
+    config = with_chat_template(with_vocabulary(config, tokenizer))
+    conversation_encoder(config.data, tokenizer)  # for its errors
     train_rows = Sources(config.data.train, config.run.seed, shuffle=True)
     val_rows = Sources(config.data.val, config.run.seed, shuffle=False) if config.data.val else None
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())

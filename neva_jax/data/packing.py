@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from neva_jax.data.encoding import Encoded
 from neva_jax.data.rows import BadRow
-from neva_jax.data.templates import Encoded
 from neva_jax.data.tiles import TEXT
 
 

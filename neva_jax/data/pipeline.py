@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags
 
 from neva_jax.config import Config
+from neva_jax.data.encoding import conversation_encoder, fit_length
 from neva_jax.data.images import find_frames, find_image, load_image, sample_frames
 from neva_jax.data.packing import training_row
 from neva_jax.data.rows import VIDEO_MARK, BadRow, Row
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame
 from neva_jax.data.tiles import Picture, tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
@@ -54,9 +54,9 @@ class SampleMaker:
     """Index of the run -> one training row with its images; runs in the workers."""
 
     def __init__(self, sources: Sources, config: Config, tokenizer: Tokenizer):
-        """Raises UserError: `data.image_start` or `data.image_end` is no token."""
-        self.sources, self.config, self.tokenizer = sources, config, tokenizer
-        self.template, self.frame = TEMPLATES[config.data.template], image_frame(config.data, tokenizer)
+        """Raises UserError: the tokenizer lacks a token of the template, or `data.image_start` or `_end` is none."""
+        self.sources, self.config = sources, config
+        self.conversations = conversation_encoder(config.data, tokenizer)
         # A row is replaced by the next good one; past this many in a row the source itself is broken.
         self.attempts = 1 if config.data.on_bad_row == "error" else 100
 
@@ -82,7 +82,7 @@ class SampleMaker:
             pictures = self._video(row.video, folder)
             turns = row.with_frames(len(pictures))
         spans = [picture.span for picture in pictures]
-        encoded = encode_conversation(turns, self.template, self.tokenizer, spans, self.frame)
+        encoded = fit_length(self.conversations.encode(turns, spans, row.system), self.config.data)
         arrays = training_row(encoded, self.config.data.max_length)
         size = self.config.model.vision.image_size
         arrays["images"] = np.zeros((tiles_per_row(self.config), size, size, 3), np.uint8)

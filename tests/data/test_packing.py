@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from neva_jax.data.encoding import Encoded
 from neva_jax.data.packing import training_row
 from neva_jax.data.rows import BadRow
-from neva_jax.data.templates import Encoded
 
 
 def example(weights=(0, 0, 0, 1, 1, 1)):

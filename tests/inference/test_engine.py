@@ -285,7 +285,7 @@ def test_a_finished_answer_stays_as_it_is_while_others_grow(taught, llava_data, 
 
 
 def test_the_stop_text_of_a_template_ends_an_answer_without_being_shown(taught, llava_data, monkeypatch):
-    monkeypatch.setattr(taught, "template", dataclasses.replace(taught.template, stop="本"))
+    monkeypatch.setattr(taught, "ending", dataclasses.replace(taught.ending, tail="本", by_text=True))
     assert [(text, reason) for text, _, reason in ask(taught, llava_data)[-1]] == [("🦊 日", "stop")] * 2
 
 
