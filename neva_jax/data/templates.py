@@ -234,19 +234,18 @@ class FrameLayout:
         Raises:
           UserError: the tokenizer lacks a token that the template needs.
         """
-        self.template, self.ids = template, {}
-        self.ids["bos"], self.ids["eos"] = tokenizer.bos_id, tokenizer.eos_id
-        self.ids["own_bos"] = tokenizer.bos_id if adds_bos(tokenizer) else None
-        frames = (template.head, template.user, template.cue, template.answer, template.between)
-        for frame in (*frames, template.system_block, template.label_line):
-            for kind, token in parts(frame):
-                if kind == "token":
-                    self.ids[token] = tokenizer.token_id(token)
-                    if self.ids[token] is None:
-                        raise UserError(
-                            f"data.template={name} needs the token {token}, which the tokenizer lacks; add it with "
-                            "python -m neva_jax.convert add-tokens, or choose another data.template"
-                        )
+        self.template = template
+        own_bos = tokenizer.bos_id if adds_bos(tokenizer) else None
+        self.ids: dict[str, int | None] = {"bos": tokenizer.bos_id, "own_bos": own_bos, "eos": tokenizer.eos_id}
+        frames = (template.head, template.system_block, template.user, template.cue, template.label_line)
+        used = [part for frame in (*frames, template.answer, template.between) for part in parts(frame)]
+        names = dict.fromkeys(value for kind, value in used if kind == "token")
+        if lacking := [token for token in names if tokenizer.token_id(token) is None]:
+            raise UserError(
+                f"data.template={name} needs {', '.join(lacking)}, which the tokenizer lacks; add what is missing with "
+                "python -m neva_jax.convert add-tokens, or choose another data.template"
+            )
+        self.ids |= {token: tokenizer.token_id(token) for token in names}
         self.ending = self._ending()
 
     def pieces(self, turns: Sequence[Turn], system: str | None) -> Iterator[Piece]:
