@@ -195,9 +195,9 @@ class JinjaLayout:
         after = text[text.index(mark) + len(mark) :]
         end = self._cuts.search(after)
         tail = after[: end.start()] if end else after
-        return Ending(
-            lead, tail, frozenset({eos} | ({self._ids[end[0]]} if end else set())), by_text=not end and bool(tail)
-        )
+        ids = {eos, self._ids[end[0]]} if end else {eos}
+        continues = self._cut(prompt, said, None)[-1].value != ""
+        return Ending(lead, tail, frozenset(ids), by_text=not end and tail != "", continues=continues)
 
 
 def _answers(turns: Sequence[Turn]) -> list[int]:

@@ -84,6 +84,14 @@ class ConversationEncoder:
         joiner = _Joiner(self, turns, images)
         return joiner.join(self.layout.pieces(turns, system))
 
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text of an answer, or of its beginning, from the tokens behind a prompt; without the template's lead."""
+        # SentencePiece drops the space before a text's first word, which is the answer's own where the text continues.
+        exact = self.whole or self.ending.continues
+        before = self.tokenizer.encode("x", continues=False) if exact else []
+        text = self.tokenizer.decode([*before, *ids])[len(self.tokenizer.decode(before)) :]
+        return text.removeprefix(self.ending.lead)
+
 
 def conversation_encoder(data: DataConfig, tokenizer: Tokenizer) -> ConversationEncoder:
     """What `data.template` and its kin ask for, with this tokenizer.

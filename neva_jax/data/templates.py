@@ -203,12 +203,14 @@ class Ending:
     tail: the template's text behind it, before the end token.
     ids: tokens that end an answer.
     by_text: there is no end token, and `tail` itself ends the answer.
+    continues: a prompt ends with text, so that the answer has no dummy prefix.
     """
 
     lead: str
     tail: str
     ids: frozenset[int]
     by_text: bool
+    continues: bool
 
 
 _PARTS = re.compile(r"\{(bos|own_bos|eos|system|text|label)\}|(<\|[a-z_]+\|>|<extra_id_\d+>)")
@@ -292,7 +294,8 @@ class FrameLayout:
         before, after = (parts(half) for half in self.template.answer.split("{text}"))
         lead, tail = ("".join(value for kind, value in side if kind == "text") for side in (before, after))
         ids = {self.ids[value] for kind, value in after if kind != "text"}
-        return Ending(lead, tail, frozenset({*ids, self.ids["eos"]}), by_text=not ids)
+        continues = not self.template.image_only
+        return Ending(lead, tail, frozenset({*ids, self.ids["eos"]}), by_text=not ids, continues=continues)
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:

@@ -168,8 +168,7 @@ class Engine:
             reply.finish_reason, reply.text = "stop", reply.text.removesuffix(tail)
             return
         reply.ids.append(token)
-        # The frame of an answer may begin with a space, which SentencePiece drops and byte-level BPE keeps.
-        reply.text = self.tokenizer.decode(reply.ids).removeprefix(self.ending.lead)
+        reply.text = self.conversations.answer(reply.ids)
         reply.unsettled = next(n for n in range(len(tail), -1, -1) if reply.text.endswith(tail[:n]))
         if self.ending.by_text and tail in reply.text:
             reply.text = reply.text.split(tail)[0]

@@ -121,7 +121,7 @@ class _Writer:
         """A frame in Jinja; `first`: the conversation begins here, with a bos that may be the tokenizer's affair."""
         written = []
         for i, (kind, value) in enumerate(parts(frame)):
-            if value in slots:
+            if kind == "slot" and value in slots:
                 written.append(slots[value])
             elif kind != "slot":
                 written.append(f"{{{{ {json.dumps(value, ensure_ascii=False)} }}}}")

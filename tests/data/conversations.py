@@ -14,6 +14,14 @@ from neva_jax.data.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent.parent / "golden" / "templates"
 KINDS = ("sp", "bytes")
+# Says what the template `chatml` says, and a line end at the end.
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @cache

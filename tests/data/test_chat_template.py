@@ -13,15 +13,8 @@ from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.rows import BadRow, Turn
 from neva_jax.errors import UserError
-from tests.data.conversations import KINDS, encode, images, talk, toy
+from tests.data.conversations import CHATML, KINDS, encode, images, talk, toy
 
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 V1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
     "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}"

@@ -304,6 +304,7 @@ def test_how_answers_end(tokenizer_of):
     for template, (before, after, end) in LEARNED.items():
         ending = conversation_encoder(DataConfig(template=template), tokenizer_of).ending
         assert (ending.lead, ending.tail, ending.by_text) == (before, after, end is None)
+        assert ending.continues == (template != "plain")
         assert ending.ids == {tokenizer_of.eos_id, tokenizer_of.special_tokens[end or "</s>"]}
 
 
