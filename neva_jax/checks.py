@@ -252,11 +252,6 @@ def _check_images(config: Config) -> None:
 def _check_template(data: DataConfig) -> None:
     if data.template == "jinja" and data.chat_template is None:
         raise UserError("data.template=jinja needs data.chat_template: a Jinja file or a tokenizer_config.json")
-    if data.template != "jinja" and data.chat_template is not None:
-        raise UserError(
-            f"data.chat_template={data.chat_template} has no effect with data.template={data.template}; set "
-            "data.template=jinja or data.chat_template=null"
-        )
     if data.compat == "neva" and data.template not in NEVA:
         raise UserError(
             f"data.compat=neva: NeVA trains on no template {data.template}; it knows {', '.join(NEVA)}; set "

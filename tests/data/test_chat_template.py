@@ -7,13 +7,17 @@ import threading
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
+from neva_jax import train
 from neva_jax.configfile import load_config
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.rows import BadRow, Turn
 from neva_jax.errors import UserError
-from tests.data.conversations import CHATML, KINDS, encode, images, talk, toy
+from neva_jax.inference.engine import Engine, Request, SamplingOptions
+from tests.data.conversations import CHATML, FOLDER, KINDS, encode, images, talk, toy
 
 V1 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
@@ -67,6 +71,23 @@ def test_a_jinja_template_that_says_what_chatml_says(tokenizer_of, text, system)
 def test_a_jinja_template_that_says_what_v1_says(tokenizer_of, text):
     turns = talk(text, text, text, "")
     assert as_lists(jinja(turns, tokenizer_of, V1, "Hi.")) == as_lists(encode(turns, tokenizer_of, "Hi."))
+
+
+@pytest.mark.parametrize("source", [CHATML, V1], ids=["chatml", "v1"])
+def test_ids_and_mask_of_transformers(source):
+    """Of harmless text, the only kind that they encode as we do."""
+    tokenizer = toy("bytes")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.serialized.decode()), **tokenizer.settings
+    )
+    for texts in (["Hi", "yes"], ["Which?", "the  red one\n", "So?", "🙂", "  a  ", ""]):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        made = theirs.apply_chat_template(
+            messages, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ours = jinja(talk(*texts), tokenizer, source)
+        assert ours.tokens.tolist() == made["input_ids"]
+        assert ours.weights.tolist() == made["assistant_masks"]
 
 
 def test_how_answers_end(tokenizer_of):
@@ -147,6 +168,30 @@ def test_files_that_hold_no_template(tmp_path, tokenizer_of, name, content, mess
     with pytest.raises(UserError) as error:
         jinja(talk("Hi", "a"), tokenizer_of, str(tmp_path / name))
     assert str(error.value).startswith(f"data.chat_template={tmp_path / name}: {message}")
+
+
+def test_a_run_needs_the_file_only_when_it_starts(tmp_path, small_overrides):
+    path = tmp_path / "template.jinja"
+    path.write_text(CHATML)
+    model = f"model.tokenizer={FOLDER / 'tokenizer.json'}"
+    more = [model, "data.template=jinja", f"data.chat_template={path}", "data.max_length=384", "checkpoint.every=1"]
+    more += ["mesh.shape=data=-1", "train.micro_batch=1"]
+    assert train.main([*small_overrides, *more, "train.steps=1"]) == 0
+    path.unlink()
+    reader = Engine.from_checkpoint(tmp_path / "run")
+    (reply,) = reader.generate([Request("Hi")], SamplingOptions(max_new_tokens=2))
+    assert len(reply.ids) in (1, 2)
+    path.write_text("{# another #}" + CHATML)
+    with pytest.raises(
+        UserError, match=r"^data.chat_template is not the template that .* was trained with; use a new run.dir$"
+    ):
+        train.main([*small_overrides, *more, "train.steps=2"])
+
+
+def test_a_token_that_is_missing_ends_a_run_before_it_begins(small_overrides, tmp_path):
+    with pytest.raises(UserError, match=r"^data.template=chatml needs <\|im_start\|>, <\|im_end\|>, which the"):
+        train.main([*small_overrides, "data.template=chatml"])
+    assert not (tmp_path / "run").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

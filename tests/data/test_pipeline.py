@@ -12,6 +12,7 @@ from neva_jax.checks import check
 from neva_jax.configfile import load_config
 from neva_jax.data.images import load_image
 from neva_jax.data.pipeline import ARRAYS, BadRowCount, BadRowReport, SampleMaker, batches
+from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
@@ -588,3 +589,17 @@ def test_an_image_without_a_folder_is_a_bad_row(config, tokenizer, tmp_path):
     ]
     assert samples[1]["bad_rows"] == []
     assert set(samples[1]) == {*ARRAYS, "bad_rows"}
+
+
+def test_a_long_row_is_cut_dropped_or_bad(config, tmp_path, tokenizer):
+    rows = [conversation("long", "<image>\nWhat?", "It is red. " * 60, image="0.png")]
+    override, _ = write_rows(tmp_path, rows)
+    made, sources = config(override, "data.on_long_row=truncate_text")
+    row = SampleMaker(sources, made, tokenizer).make(RowRef(0, 0))
+    assert row["segment_ids"].all()
+    assert row["loss_weights"][-1] == 1
+    for policy, kind in (("drop", DroppedRow), ("error", BadRow)):
+        made, sources = config(override, f"data.on_long_row={policy}")
+        with pytest.raises(BadRow, match=r"^has \d+ tokens \(16 of images\), but data.max_length is 192$") as error:
+            SampleMaker(sources, made, tokenizer).make(RowRef(0, 0))
+        assert type(error.value) is kind
