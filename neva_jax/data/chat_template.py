@@ -143,7 +143,8 @@ class JinjaLayout:
                     **{name: token for name, token in self._tokens.items() if token is not None},
                 )
         except Exception as error:  # a template is a program, and may fail in any way
-            raise BadRow(f"the chat template fails ({type(error).__name__}: {error})") from None
+            message = " ".join(str(error).split())
+            raise BadRow(f"the chat template fails ({type(error).__name__}: {message})") from None
         self._check(said, text, learned)
         return _Rendering(text, learned)
 
@@ -159,8 +160,9 @@ class JinjaLayout:
         if len(learned) != len(answers):
             raise BadRow(f"the chat template has {len(learned)} generation blocks for {len(answers)} answers")
         for i, (start, stop) in zip(answers, learned, strict=True):
-            if said[i].text.strip() and f"{OPEN}{i}{CLOSE}" not in text[start:stop]:
-                raise BadRow("the chat template has an answer outside of its generation block")
+            learned_texts = [int(match[1]) for match in re.finditer(_MARK, text[start:stop])]
+            if learned_texts != [i] * bool(said[i].text.strip()):
+                raise BadRow("the chat template has an answer outside of its generation block, or another text in it")
 
     def _cut(self, text: str, said: Sequence[Turn], answer: int | None) -> list[Piece]:
         """The pieces of a part of the rendering."""

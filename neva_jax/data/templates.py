@@ -237,8 +237,7 @@ class FrameLayout:
           UserError: the tokenizer lacks a token that the template needs.
         """
         self.template = template
-        own_bos = tokenizer.bos_id if adds_bos(tokenizer) else None
-        self.ids: dict[str, int | None] = {"bos": tokenizer.bos_id, "own_bos": own_bos, "eos": tokenizer.eos_id}
+        self.ids: dict[str, int | None] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         frames = (template.head, template.system_block, template.user, template.cue, template.label_line)
         used = [part for frame in (*frames, template.answer, template.between) for part in parts(frame)]
         names = dict.fromkeys(value for kind, value in used if kind == "token")
@@ -248,6 +247,8 @@ class FrameLayout:
                 "python -m neva_jax.convert add-tokens, or choose another data.template"
             )
         self.ids |= {token: tokenizer.token_id(token) for token in names}
+        if ("slot", "own_bos") in used:
+            self.ids["own_bos"] = tokenizer.bos_id if adds_bos(tokenizer) else None
         self.ending = self._ending()
 
     def pieces(self, turns: Sequence[Turn], system: str | None) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ import tensorstore
 from tqdm import tqdm
 
 from neva_jax.config import COMPONENTS, Config
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.errors import UserError
 from neva_jax.interop.export_config import llava_config, special_ids, text_config
 from neva_jax.interop.export_files import image_token_id, write_processor, write_tokenizer
@@ -115,7 +117,10 @@ def _describe(meta: Meta, max_length: int, text_only: bool) -> tuple[int, dict]:
 
 
 def _generation(meta: Meta, described: dict) -> dict:
-    ids = {name: i for name, i in special_ids(meta.tokenizer).items() if i is not None}
+    """generation_config.json; an answer ends at the template's token too, where that is not the tokenizer's eos."""
+    ids: dict[str, Any] = {name: i for name, i in special_ids(meta.tokenizer).items() if i is not None}
+    ends = sorted(conversation_encoder(meta.config.data, meta.tokenizer).ending.ids)
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return ids | {"transformers_version": described["transformers_version"]}
 
 

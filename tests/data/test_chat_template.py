@@ -220,6 +220,12 @@ def test_a_token_that_is_missing_ends_a_run_before_it_begins(small_overrides, tm
             "the chat template has an answer outside of its generation block",
         ),
         (
+            V1.replace("'USER: ' + m.content + ' ASSISTANT:'", "'USER: '").replace(
+                "' ' + m.content", "messages[loop.index0 - 1].content + ' ' + m.content"
+            ),
+            "the chat template has an answer outside of its generation block, or another text in it",
+        ),
+        (
             CHATML.replace("{% if add_generation_prompt %}", "{% if add_generation_prompt %}<think>"),
             "the chat template makes prompts that differ from what it trains on",
         ),

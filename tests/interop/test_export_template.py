@@ -7,12 +7,15 @@ import pytest
 import transformers
 
 from neva_jax.config import DataConfig
+from neva_jax.configfile import load_config
 from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.rows import Turn
 from neva_jax.data.templates import TEMPLATES
 from neva_jax.data.tiles import ImageSpan
 from neva_jax.interop.export_files import write_tokenizer
 from neva_jax.interop.export_template import chat_template, obstacle, starts_with_bos
+from neva_jax.interop.to_hf import _generation
+from neva_jax.training.checkpoint import Meta
 from tests.data.conversations import CHATML, KINDS, toy
 
 # (system, messages as (role, number of images, text)); without label
@@ -111,6 +114,15 @@ def test_labels_of_messages(tmp_path):
         turns = [Turn("user", "Hi"), Turn("assistant", "Yes.", "quality:1"), Turn("user", "So?")]
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == conversation_encoder(data, tokenizer).encode(turns, []).tokens.tolist()
+
+
+def test_generation_ends_where_the_template_ends_an_answer():
+    tokenizer = toy("bytes")
+    for template, ends in (("v1", "</s>"), ("chatml", "<|im_end|>"), ("plain", "</s>"), ("nvgpt", "<extra_id_1>")):
+        config = dataclasses.replace(load_config(None, []), data=DataConfig(template=template))
+        written = _generation(Meta(1, config, (), None, tokenizer), {"transformers_version": "5"})
+        expected = sorted({tokenizer.eos_id, tokenizer.special_tokens[ends]})
+        assert written["eos_token_id"] == (expected if len(expected) > 1 else expected[0])
 
 
 def test_what_cannot_be_written_is_said():
