@@ -20,6 +20,7 @@ from neva_jax.config import (
     rotary_width,
     walk,
 )
+from neva_jax.data.templates import NEVA
 from neva_jax.errors import UserError
 
 
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
     _check_images(config)
     _check_split(config.data)
     _check_rows(config)
+    _check_template(config.data)
     _check_training(config)
     _check_files(config)
 
@@ -268,6 +270,16 @@ def _check_rows(config: Config) -> None:
         )
     if model.attention == "cudnn":
         raise UserError("model.attention=cudnn has no mask for the rows of data.pack=true; use auto or xla")
+
+
+def _check_template(data: DataConfig) -> None:
+    if data.template == "jinja" and data.chat_template is None:
+        raise UserError("data.template=jinja needs data.chat_template: a Jinja file or a tokenizer_config.json")
+    if data.compat == "neva" and data.template not in NEVA:
+        raise UserError(
+            f"data.compat=neva: NeVA trains on no template {data.template}; it knows {', '.join(NEVA)}; set "
+            "data.compat=none"
+        )
 
 
 def _check_training(config: Config) -> None:

@@ -25,6 +25,8 @@ from neva_jax.config import (
 )
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
+from neva_jax.data.chat_template import with_chat_template
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.pipeline import Batch, batch_lengths, batches, plan_rows
 from neva_jax.data.plans import Plans
 from neva_jax.data.sources import Sources
@@ -77,7 +79,8 @@ def run(config: Config) -> int:
 
     # --- what is to be done, checked before a device holds anything
     tokenizer = Tokenizer.from_file(config.model.tokenizer)
-    config = with_vocabulary(config, tokenizer)
+    config = with_chat_template(with_vocabulary(config, tokenizer))
+    conversation_encoder(config.data, tokenizer)  # for its errors
     train_rows = Sources(config.data, "train", config.run.seed, shuffle=True)
     validates = config.data.val or config.data.val_fraction
     val_rows = Sources(config.data, "val", config.run.seed, shuffle=False) if validates else None

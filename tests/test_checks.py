@@ -80,6 +80,11 @@ BAD_OVERRIDES = {
     "OmegaConf's mark of a missing value": (["train.steps=???"], ["train.steps", "???"]),
     "text for a number": (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
     "text for a boolean": (["model.llm.freeze=maybe"], ["model.llm.freeze", "maybe"]),
+    "jinja without a template": (["data.template=jinja"], ["data.template=jinja needs data.chat_template"]),
+    "a stream that NeVA has not": (
+        ["data.compat=neva", "data.template=chatml"],
+        ["data.compat=neva", "no template chatml", "plain, v1, llama_2"],
+    ),
     "unknown choice": (["data.template=llama2"], ["data.template", "llama2", "plain", "v1"]),
     "unknown choice, precision": (["precision.compute=fp16"], ["precision.compute", "fp16", "bf16"]),
     "unknown choice, projector": (["model.projector.kind=mlp3x"], ["model.projector.kind", "mlp3x", "mlp2x_gelu"]),

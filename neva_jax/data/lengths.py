@@ -20,10 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from neva_jax.config import Config
-from neva_jax.data.cache import cache_folder, cached_array, file_key
+from neva_jax.data.cache import cache_folder, cached_array
+from neva_jax.data.chat_template import read_chat_template
 from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef, Sources
+from neva_jax.data.templates import NEVA, TEMPLATES
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.files import usable_cores
@@ -179,7 +181,10 @@ def _key(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) ->
         "rows": sources.fingerprint(source),
         "tokenizer": [tokenizer.sha256, tokenizer.settings],
         "data": {name: getattr(data, name) for name in _DATA_KEYS},
-        "chat_template": file_key(data.chat_template) if data.chat_template is not None else None,
+        # Its content: a table whose template has been changed since is not found.
+        "frames": read_chat_template(data.chat_template)
+        if data.template == "jinja"
+        else repr((NEVA if data.compat == "neva" else TEMPLATES)[data.template]),
         "vision": {name: getattr(model.vision, name) for name in _VISION_KEYS},
         "projector": [model.projector.kind, model.projector.newline],
     }

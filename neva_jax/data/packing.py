@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neva_jax.data.templates import Encoded
+from neva_jax.data.encoding import Encoded
 from neva_jax.data.tiles import TEXT
 
 CANDIDATES = 8  # samples of the order that step 2 tries

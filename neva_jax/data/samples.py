@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from neva_jax.config import Config, image_tokens
+from neva_jax.data.encoding import Encoded, conversation_encoder, fit_length
 from neva_jax.data.images import decode_image, image_size, sample_frames
-from neva_jax.data.rows import VIDEO_MARK, BadRow, DroppedRow, Row, Turn
+from neva_jax.data.rows import VIDEO_MARK, BadRow, Row, Turn
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.data.templates import TEMPLATES, Encoded, encode_conversation, image_frame
-from neva_jax.data.tiles import TEXT, ImageSpan, Picture, frames_per_video, image_span, tiles_per_image
+from neva_jax.data.tiles import ImageSpan, Picture, frames_per_video, image_span, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
 
 
@@ -38,9 +38,9 @@ class Samples:
     """Makes samples; runs in the workers."""
 
     def __init__(self, sources: Sources, config: Config, tokenizer: Tokenizer):
-        """Raises UserError: `data.image_start` or `data.image_end` is no token."""
-        self.sources, self.config, self.tokenizer = sources, config, tokenizer
-        self.template, self.frame = TEMPLATES[config.data.template], image_frame(config.data, tokenizer)
+        """Raises UserError: the tokenizer lacks a token of the template, or `data.image_start` or `_end` is none."""
+        self.sources, self.config = sources, config
+        self.conversations = conversation_encoder(config.data, tokenizer)
         tokens = image_tokens(config.model)
         self.one_tile = ImageSpan(np.arange(tokens, dtype=np.int32), tokens)
 
@@ -56,7 +56,8 @@ class Samples:
             pictures = [self._picture(ref, name) for name in row.images]
         else:
             pictures = self._video(ref, row.video)
-        encoded = self._fit(self._encode(row, self._turns(row), [picture.span for picture in pictures]))
+        encoded = self._encode(row, self._turns(row), [picture.span for picture in pictures])
+        encoded = fit_length(encoded, self.config.data)
         size = self.config.model.vision.image_size
         none = np.zeros((0, size, size, 3), np.uint8)
         return Sample(encoded, np.concatenate([picture.tiles for picture in pictures]) if pictures else none)
@@ -81,23 +82,14 @@ class Samples:
         tokens = len(encoded.tokens) - 1 + sum(len(span.slots) - 1 for span in spans)
         supervised = np.count_nonzero(encoded.weights[1:])
         if tokens > data.max_length or not supervised:  # rare; what happens to it depends on where the images stand
-            encoded = self._fit(self._encode(row, turns, spans))
+            encoded = fit_length(self._encode(row, turns, spans), data)
             tokens, supervised = len(encoded.tokens) - 1, np.count_nonzero(encoded.weights[1:])
         return Measure(tokens, tiles, supervised)
 
-    # --- the parts of other modules
+    # --- its parts
 
     def _encode(self, row: Row, turns: tuple[Turn, ...], spans: list[ImageSpan]) -> Encoded:
-        return encode_conversation(turns, self.template, self.tokenizer, spans, self.frame)
-
-    def _fit(self, encoded: Encoded) -> Encoded:
-        length, most = len(encoded.tokens) - 1, self.config.data.max_length
-        if length > most:
-            images = int((encoded.slots != TEXT).sum())
-            raise BadRow(f"has {length} tokens ({images} of images), but data.max_length is {most}")
-        if not encoded.weights[1:].any():
-            raise DroppedRow("has nothing to learn: its answers are empty")
-        return encoded
+        return self.conversations.encode(turns, spans, row.system)
 
     def _picture(self, ref: RowRef, name: str) -> Picture:
         return decode_image(self.sources.read_image(ref, name), name, self.config)

@@ -21,9 +21,9 @@ import numpy as np
 from flax import nnx
 
 from neva_jax.config import COMPONENTS, Config
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.images import load_image
 from neva_jax.data.rows import IMAGE_MARK, BadRow, Turn, check_characters
-from neva_jax.data.templates import TEMPLATES, encode_conversation, image_frame
 from neva_jax.data.tiles import TEXT, Picture, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
@@ -82,11 +82,18 @@ class Reply:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    unsettled: int = 0
 
     @property
     def settled_text(self) -> str:
-        """The text without a character whose bytes are not complete yet; what may be shown while it grows."""
-        return self.text if self.finish_reason else self.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        """What may be shown while the answer grows.
+
+        A character whose bytes are not complete yet is held back, and the last `unsettled` characters, which may turn
+        out to belong to the template's end of an answer.
+        """
+        if self.finish_reason:
+            return self.text
+        return self.text[: len(self.text) - self.unsettled].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 class Engine:
@@ -94,7 +101,8 @@ class Engine:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, params: dict, graphdef: nnx.GraphDef):
         self.config, self.tokenizer, self.params = config, tokenizer, params
-        self.template = TEMPLATES[config.data.template]
+        self.conversations = conversation_encoder(config.data, tokenizer)
+        self.ending = self.conversations.ending
         self._prefill = jax.jit(partial(_prefill, graphdef, tokenizer.size), static_argnames="slots")
         self._decode = jax.jit(partial(_decode, graphdef, tokenizer.size), donate_argnames="cache")
 
@@ -155,27 +163,28 @@ class Engine:
     def _extend(self, reply: Reply, token: int, last: bool) -> None:
         if reply.finish_reason:
             return
-        if token == self.tokenizer.eos_id:
-            reply.finish_reason = "stop"
+        tail = self.ending.tail
+        if token in self.ending.ids:
+            reply.finish_reason, reply.text = "stop", reply.text.removesuffix(tail)
             return
         reply.ids.append(token)
-        # The frame of an answer may begin with a space, which SentencePiece drops and byte-level BPE keeps.
-        reply.text = self.tokenizer.decode(reply.ids).removeprefix(self.template.answer.split("{}")[0])
-        if self.template.stop and self.template.stop in reply.text:
-            reply.text = reply.text.split(self.template.stop)[0]
+        reply.text = self.conversations.answer(reply.ids)
+        reply.unsettled = next(n for n in range(len(tail), -1, -1) if reply.text.endswith(tail[:n]))
+        if self.ending.by_text and tail in reply.text:
+            reply.text = reply.text.split(tail)[0]
             reply.finish_reason = "stop"
         elif last:
             reply.finish_reason = "length"
 
     def _batch(self, requests: Sequence[Request]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Prompts as arrays [B, T], tiles [B, K, S, S, 3], and the prompts' lengths [B]."""
-        size, frame = self.config.model.vision.image_size, image_frame(self.config.data, self.tokenizer)
+        size = self.config.model.vision.image_size
         encoded, tiles = [], []
         for request in requests:
             marked = IMAGE_MARK in request.text
             text = request.text if marked else f"{IMAGE_MARK}\n" * len(request.images) + request.text
             spans = [picture.span for picture in request.images]
-            encoded.append(encode_conversation((Turn("user", text),), self.template, self.tokenizer, spans, frame))
+            encoded.append(self.conversations.encode((Turn("user", text),), spans))
             tiles.append([tile for picture in request.images for tile in picture.tiles])
         lengths = np.asarray([len(e.tokens) for e in encoded], np.int32)
         length = -(-int(lengths.max()) // BUCKET) * BUCKET

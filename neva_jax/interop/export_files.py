@@ -1,4 +1,4 @@
-"""The small files of an exported folder: tokenizer, chat template and processor.
+"""The small files of an exported folder: tokenizer and processor.
 
 A SentencePiece model is written twice: as it is, and as the tokenizer.json that Hugging Face reads, made from its
 pieces and scores. BPE in SentencePiece merges the pair whose piece has the best score; in tokenizer.json the pair that
@@ -13,7 +13,6 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from neva_jax.config import Config
-from neva_jax.data.templates import TEMPLATES
 from neva_jax.data.tokenizer import Tokenizer, add_tokens, parse_model
 from neva_jax.errors import UserError
 from neva_jax.interop.export_config import select_strategy, special_ids
@@ -29,8 +28,11 @@ def image_token_id(tokenizer: Tokenizer) -> int:
     return tokenizer.size if found is None else found
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, with_image: bool, max_length: int) -> bool:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, with_image: bool, max_length: int, with_bos: bool) -> bool:
     """tokenizer.json (and tokenizer.model, if that is where it comes from) and tokenizer_config.json.
+
+    Args:
+      with_bos: whether conversations start with the bos; then a tokenizer made from a SentencePiece model adds it.
 
     Returns:
       whether the tokenizer puts the bos before a text by itself
@@ -40,7 +42,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, with_image: bool, max_le
     """
     if tokenizer.file == "tokenizer.model":
         (folder / "tokenizer.model").write_bytes(tokenizer.serialized)
-        content = json.dumps(sentencepiece_as_json(tokenizer.serialized), ensure_ascii=False).encode()
+        content = json.dumps(sentencepiece_as_json(tokenizer.serialized, with_bos), ensure_ascii=False).encode()
     else:
         content = tokenizer.serialized
     if with_image and tokenizer.token_id(IMAGE_TOKEN) is None:
@@ -62,8 +64,8 @@ def _vocabulary(content: dict) -> dict[str, int]:
     return content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
 
 
-def sentencepiece_as_json(serialized: bytes) -> dict[str, Any]:
-    """A SentencePiece BPE model as the content of a tokenizer.json that adds the bos.
+def sentencepiece_as_json(serialized: bytes, with_bos: bool) -> dict[str, Any]:
+    """A SentencePiece BPE model as the content of a tokenizer.json, which puts the bos before a text (`with_bos`).
 
     Raises:
       UserError: a model of another type, or one that normalizes text.
@@ -90,7 +92,6 @@ def sentencepiece_as_json(serialized: bytes) -> dict[str, Any]:
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prefix = [{"type": "Prepend", "prepend": "▁"}] if normalizer.add_dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if normalizer.add_dummy_prefix else []
-    bos = proto.pieces[trainer.bos_id].piece
     return {
         "version": "1.0",
         "truncation": None,
@@ -102,17 +103,7 @@ def sentencepiece_as_json(serialized: bytes) -> dict[str, Any]:
         ],
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, space]},
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [trainer.bos_id], "tokens": [bos]}},
-        },
+        "post_processor": _bos_first(proto.pieces[trainer.bos_id].piece, trainer.bos_id) if with_bos else None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -137,39 +128,15 @@ def sentencepiece_as_json(serialized: bytes) -> dict[str, Any]:
     }
 
 
-def chat_template(config: Config, with_images: bool, with_bos: bool) -> str:
-    """The checkpoint's conversation template in Jinja: images first, then the text of a message.
-
-    A system message takes the place of the template's own. As in LLaVA's, the bos is left to the tokenizer where that
-    adds it (`with_bos`: it does not; and for a language model alone, whose tokenizer is told not to).
-    """
-    template, data = TEMPLATES[config.data.template], config.data
-    image = f"{data.image_start or ''}{IMAGE_TOKEN}{data.image_end or ''}\n"
-    before, _, after = template.user.partition("{}")
-    before_answer, _, after_answer = template.answer.partition("{}")
-    q = json.dumps
-    images = "{% for part in m.content if part.type == 'image' %}{{ " + q(image) + " }}{% endfor %}"
-    texts = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
-    content = (
-        "{% if m.content is string %}{{ m.content }}{% else %}"
-        + (images if with_images else "")
-        + texts
-        + "{% endif %}"
-    )
-    user = (images if with_images else "") if template.image_only else content
-    end = "{{ eos_token }}" if template.end else ""
-    return (
-        ("{% if bos_token %}{{ bos_token }}{% endif %}" if with_bos else "")
-        + "{% if messages[0].role != 'system' %}{{ "
-        + q(template.system)
-        + " }}{% endif %}"
-        "{% for m in messages %}"
-        "{% if m.role == 'system' %}" + content + "{{ ' ' }}"
-        "{% elif m.role == 'user' %}{{ " + q(before) + " }}" + user + "{% if not loop.last or add_generation_prompt %}"
-        "{{ " + q(after) + " }}{% endif %}"
-        "{% else %}{{ " + q(before_answer) + " }}" + content + "{{ " + q(after_answer) + " }}" + end + "{% endif %}"
-        "{% endfor %}"
-    )
+def _bos_first(bos: str, i: int) -> dict[str, Any]:
+    special = [{"SpecialToken": {"id": bos, "type_id": kind}} for kind in (0, 1)]
+    texts = [{"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB")]
+    return {
+        "type": "TemplateProcessing",
+        "single": [special[0], texts[0]],
+        "pair": [special[0], texts[0], special[1], texts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [i], "tokens": [bos]}},
+    }
 
 
 PROCESSORS = {  # data.image_mode: Hugging Face's class

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +17,11 @@ import tensorstore
 from tqdm import tqdm
 
 from neva_jax.config import COMPONENTS, Config
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.errors import UserError
 from neva_jax.interop.export_config import llava_config, special_ids, text_config
-from neva_jax.interop.export_files import chat_template, image_token_id, write_processor, write_tokenizer
+from neva_jax.interop.export_files import image_token_id, write_processor, write_tokenizer
+from neva_jax.interop.export_template import chat_template, obstacle, starts_with_bos
 from neva_jax.interop.names import Parameter, parameters
 from neva_jax.interop.output import check_folder, readable, replacing_folder
 from neva_jax.interop.store import SavedArrays
@@ -85,9 +88,16 @@ def to_hf(options: Options, say: Callable[[str], None] = print) -> None:
     with replacing_folder(options.out) as fresh:
         _write_json(fresh / "config.json", described)
         _write_json(fresh / "generation_config.json", _generation(meta, described))
-        adds_bos = write_tokenizer(fresh, meta.tokenizer, not options.text_only, max_length)
-        template = chat_template(config, with_images=not options.text_only, with_bos=options.text_only or not adds_bos)
-        (fresh / "chat_template.jinja").write_text(template, encoding="utf-8")
+        with_images = not options.text_only
+        with_bos = starts_with_bos(config.data, meta.tokenizer)
+        adds_bos = write_tokenizer(fresh, meta.tokenizer, with_images, max_length, with_bos)
+        if reason := obstacle(config.data, meta.tokenizer, with_images, adds_bos):
+            say(f"note: no chat_template.jinja, since {reason}")
+        else:
+            template = chat_template(
+                config.data, meta.tokenizer, with_images, with_bos=options.text_only or not adds_bos
+            )
+            (fresh / "chat_template.jinja").write_text(template, encoding="utf-8")
         if not options.text_only:
             write_processor(fresh, config)
         with tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
@@ -107,7 +117,10 @@ def _describe(meta: Meta, max_length: int, text_only: bool) -> tuple[int, dict]:
 
 
 def _generation(meta: Meta, described: dict) -> dict:
-    ids = {name: i for name, i in special_ids(meta.tokenizer).items() if i is not None}
+    """generation_config.json; an answer ends at the template's token too, where that is not the tokenizer's eos."""
+    ids: dict[str, Any] = {name: i for name, i in special_ids(meta.tokenizer).items() if i is not None}
+    ends = sorted(conversation_encoder(meta.config.data, meta.tokenizer).ending.ids)
+    ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return ids | {"transformers_version": described["transformers_version"]}
 
 

@@ -9,7 +9,10 @@ from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, read_meta
 
 # Changed, they would make another run of it: other weights, or other samples under the numbers already consumed.
-FIXED = (*(f"model.{name}.freeze" for name in COMPONENTS), "run.seed", "data.train", "data.template")
+FIXED = (
+    *(f"model.{name}.freeze" for name in COMPONENTS),
+    *("run.seed", "data.train", "data.template", "data.compat", "data.image_position"),
+)
 
 
 def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | None:
@@ -35,6 +38,8 @@ def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | 
         )
     check_compatible(config, meta.config, COMPONENTS, run_dir)
     differing = changes(meta.config, config)
+    if "data.chat_template" in differing:  # whole texts
+        raise UserError(f"data.chat_template is not the template that {run_dir} was trained with; use a new run.dir")
     for name in FIXED:
         if name in differing:
             before, now = differing[name]

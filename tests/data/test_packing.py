@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neva_jax.data.encoding import Encoded
 from neva_jax.data.packing import pack, training_row
-from neva_jax.data.templates import Encoded
 
 
 def encoded(tokens, weights, slots):

@@ -18,6 +18,7 @@ from neva_jax import train
 from neva_jax.config import COMPONENTS
 from neva_jax.configfile import load_config
 from neva_jax.data.rows import BadRow
+from neva_jax.data.templates import TEMPLATES
 from neva_jax.data.tiles import Picture
 from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
@@ -25,6 +26,7 @@ from neva_jax.inference.engine import Engine, Reply, Request, SamplingOptions
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.training.checkpoint import Checkpoints, Meta
 from neva_jax.training.setup import with_vocabulary
+from tests.data.conversations import CHATML, KINDS, images, talk, toy
 
 PATCHES = 4
 SYSTEM = (
@@ -285,8 +287,30 @@ def test_a_finished_answer_stays_as_it_is_while_others_grow(taught, llava_data, 
 
 
 def test_the_stop_text_of_a_template_ends_an_answer_without_being_shown(taught, llava_data, monkeypatch):
-    monkeypatch.setattr(taught, "template", dataclasses.replace(taught.template, stop="本"))
+    monkeypatch.setattr(taught, "ending", dataclasses.replace(taught.ending, tail="本", by_text=True))
     assert [(text, reason) for text, _, reason in ask(taught, llava_data)[-1]] == [("🦊 日", "stop")] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [*TEMPLATES, "jinja"])
+def test_tokens_as_they_are_learned_are_read_as_the_answer(template, kind):
+    """Under every template: the end is not shown, not even while the answer grows."""
+    config = load_config(None, [f"data.template={template}"])
+    data = dataclasses.replace(config.data, chat_template=CHATML)
+    reader = Engine(dataclasses.replace(config, data=data), toy(kind), {}, None)
+    for answer in ("a cat", "", "  two\n  # spaces ", "🦊 日本 é!", "x </s><|im_end|> [/INST] "):
+        for asked in ("<image> What?", "So?"):
+            encoded = reader.conversations.encode(talk(asked, answer), images(talk(asked)))
+            learned = encoded.tokens[encoded.weights > 0].tolist()
+            reply, shown = Reply(), [""]
+            for token in learned:
+                reader._extend(reply, token, last=False)
+                assert reply.settled_text.startswith(shown[-1])
+                shown.append(reply.settled_text)
+                if reply.finish_reason:
+                    break
+            expected = answer.split("\n")[0] if template == "plain" else answer  # a line end ends it
+            assert (reply.text, reply.finish_reason) == (expected, "stop")
 
 
 # --- text that grows -------------------------------------------------------------------------------------------------

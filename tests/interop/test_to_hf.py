@@ -17,9 +17,10 @@ import transformers
 from flax import nnx
 from PIL import Image
 
-from neva_jax.config import Config, LlmConfig, ModelConfig
+from neva_jax.config import Config, DataConfig, LlmConfig, ModelConfig
+from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.rows import Turn
-from neva_jax.data.templates import TEMPLATES, encode_conversation
+from neva_jax.data.templates import VICUNA_SYSTEM
 from neva_jax.data.tiles import image_span, picture
 from neva_jax.errors import UserError
 from neva_jax.interop import to_hf as to_hf_module
@@ -267,7 +268,7 @@ def test_the_processor_prepares_a_prompt_as_we_do(exported, tokenizer):
     theirs = processor(text=prompt, images=[image], return_tensors="np")
     assert theirs["pixel_values"].shape == (1, 3, 12, 12)
     span = image_span(20, 30, read_meta(locate(exported.parent / "checkpoint")).config)
-    ours = encode_conversation((Turn("user", f"<image>\n{question}"),), TEMPLATES["v1"], tokenizer, [span])
+    ours = conversation_encoder(DataConfig(), tokenizer).encode([Turn("user", f"<image>\n{question}")], [span])
     assert theirs["input_ids"][0].tolist() == np.where(ours.slots >= 0, 400, ours.tokens).tolist()
 
 
@@ -301,8 +302,7 @@ def test_the_chat_template_of_several_turns(exported, tokenizer):
     processor = transformers.AutoProcessor.from_pretrained(exported)
     said = [("user", "Hello"), ("assistant", "Yes."), ("user", "Why?"), ("assistant", "So.")]
     text = processor.apply_chat_template([{"role": role, "content": content} for role, content in said])
-    system = TEMPLATES["v1"].system
-    assert text == f"{system}USER: Hello ASSISTANT: Yes.</s>USER: Why? ASSISTANT: So.</s>"
+    assert text == f"{VICUNA_SYSTEM} USER: Hello ASSISTANT: Yes.</s>USER: Why? ASSISTANT: So.</s>"
     said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert processor.apply_chat_template(said, add_generation_prompt=True) == "Be brief. USER: Hello ASSISTANT:"
     assert processor.apply_chat_template(said) == "Be brief. USER: Hello"
