@@ -3,9 +3,11 @@
 Transparency is dropped, as LLaVA's loader does. What becomes of the pixels is `tiles.py`'s.
 """
 
+import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +97,57 @@ def load_image(path: str | Path, config: Config, frame: bool = False) -> Picture
     """Reads an image file as the model takes it; `frame`: of a video. Raises BadRow as `open_image` and `picture`."""
     with open_image(path, "video" if frame else "image") as image:
         return picture(image, config, frame)
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says of itself; width and height in pixels, as the image is shown (after `exif_rotate`)."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+
+
+def decode_image(data: bytes, name: str, config: Config, field: str = "image", frame: bool = False) -> Picture:
+    """The content of an image file as the model takes it; raises BadRow."""
+    try:
+        with _opened(data, name, config, field) as image:
+            if image.format in ("JPEG", "MPO") and not jpeg_is_complete(data):
+                raise BadRow("is incomplete: it has no end marker, so its lower part is missing, or zeros")
+            rgb = image.convert("RGB")
+        return picture(rgb, config, frame)
+    except BadRow as error:
+        raise BadRow(str(error)) from None
+
+
+def image_header(data: bytes, name: str, config: Config, field: str = "image") -> ImageHeader:
+    """Reads the header alone, no pixels; raises BadRow as `decode_image` for what the header shows."""
+    with _opened(data, name, config, field) as image:
+        return ImageHeader(image.format, image.mode, *image.size)
+
+
+@contextmanager
+def _opened(data: bytes, name: str, config: Config, field: str) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                if width * height > config.data.max_pixels:
+                    raise BadRow(f"has {width} x {height} pixels, more than data.max_pixels={config.data.max_pixels:,}")
+                yield image
+    except UnidentifiedImageError:
+        raise BadRow(f"field {field}: {name} is no image that can be read") from None
+    except BadRow as error:
+        raise BadRow(f"field {field}: {name} {error}") from None
+    except Exception as error:
+        raise BadRow(f"field {field}: {name} is broken ({error})") from None
+
+
+def jpeg_is_complete(data: bytes) -> bool:
+    """Whether a JPEG's pixels end with its end marker."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.rfind(b"\xff\xd9", at) >= 0

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neva_jax.config import Config, image_tokens
+from neva_jax.config import Config, DataConfig, image_tokens
 from neva_jax.data.images import find_frames, find_image, load_image, open_image, sample_frames
-from neva_jax.data.rows import VIDEO_MARK, BadRow, DroppedRow, Row, Turn
+from neva_jax.data.rows import VIDEO_MARK, BadRow, Row, Turn
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.data.templates import TEMPLATES, Encoded, encode_conversation, image_frame
-from neva_jax.data.tiles import TEXT, ImageSpan, Picture, frames_per_video, image_span, tiles_per_image
+from neva_jax.data.templates import TEMPLATES, Encoded, encode_conversation, fit_length, image_frame
+from neva_jax.data.tiles import ImageSpan, Picture, frames_per_video, image_span, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
 
 
@@ -91,13 +91,7 @@ class Samples:
         return encode_conversation(turns, self.template, self.tokenizer, spans, self.frame)
 
     def _fit(self, encoded: Encoded) -> Encoded:
-        length, most = len(encoded.tokens) - 1, self.config.data.max_length
-        if length > most:
-            images = int((encoded.slots != TEXT).sum())
-            raise BadRow(f"has {length} tokens ({images} of images), but data.max_length is {most}")
-        if not encoded.weights[1:].any():
-            raise DroppedRow("has nothing to learn: its answers are empty")
-        return encoded
+        return fit_length(encoded, self.config.data)
 
     def _picture(self, ref: RowRef, name: str) -> Picture:
         return load_image(find_image(self.sources.configs[ref.source].images, name), self.config)
@@ -116,19 +110,25 @@ class Samples:
     # --- a row
 
     def _read(self, ref: RowRef) -> Row:
-        row, data = self.sources.read(ref), self.config.data
-        if row.video is not None:
-            if not data.video_frames:
-                raise BadRow(
-                    "has a field video, but data.video_frames is 0; set the number of frames to take of a video"
-                )
-            return row
-        if len(row.images) > data.images_per_row:
-            raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {data.images_per_row}")
-        # Where there are no videos, the word is text: of HTML, say.
-        if data.video_frames and (marks := row.count(VIDEO_MARK)):
-            raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
-        return row
+        return check_row(self.sources.read(ref), self.config.data)
 
     def _turns(self, row: Row) -> tuple[Turn, ...]:
         return row.turns if row.video is None else row.with_frames(frames_per_video(self.config.data))
+
+
+def check_row(row: Row, data: DataConfig) -> Row:
+    """The row itself, if the configuration takes so many images, or videos at all.
+
+    Raises:
+      BadRow: it does not.
+    """
+    if row.video is not None:
+        if not data.video_frames:
+            raise BadRow("has a field video, but data.video_frames is 0; set the number of frames to take of a video")
+        return row
+    if len(row.images) > data.images_per_row:
+        raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {data.images_per_row}")
+    # Where there are no videos, the word is text: of HTML, say.
+    if data.video_frames and (marks := row.count(VIDEO_MARK)):
+        raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
+    return row

@@ -17,6 +17,7 @@ from grain.experimental import index_shuffle
 
 from neva_jax.config import SourceConfig
 from neva_jax.data.cache import file_key
+from neva_jax.data.images import find_frames, find_image
 from neva_jax.data.rows import Row, parse_row, read_json
 from neva_jax.errors import UserError
 
@@ -89,9 +90,25 @@ class Sources:
         """The row `steps` further down the same JSON file, round its end: what stands in for a bad row."""
         return RowRef(ref.source, (ref.row + steps) % len(self.rows[ref.source]))
 
+    def raw(self, ref: RowRef) -> Any:
+        """The row as an element of LLaVA JSON, unchecked."""
+        return self.rows[ref.source][ref.row]
+
     def read(self, ref: RowRef) -> Row:
         """The checked row; raises BadRow."""
-        return parse_row(self.rows[ref.source][ref.row])
+        return parse_row(self.raw(ref))
+
+    def check_image(self, ref: RowRef, name: str, field: str = "image") -> None:
+        """Whether there is an image file of that name, without reading it; raises BadRow as `read_image`."""
+        find_image(self.configs[ref.source].images, name, field)
+
+    def read_image(self, ref: RowRef, name: str, field: str = "image") -> bytes:
+        """The bytes of an image of a row, or of a frame of its video (`field="video"`). Raises BadRow."""
+        return find_image(self.configs[ref.source].images, name, field).read_bytes()
+
+    def frames(self, ref: RowRef, name: str) -> list[str]:
+        """The names of the frames of a row's video, in order, for `read_image`. Raises BadRow."""
+        return [f"{name}/{frame.name}" for frame in find_frames(self.configs[ref.source].images, name)]
 
     def describe(self, ref: RowRef) -> str:
         """Names a row for a message: file, row number (from 0) and id."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from neva_jax.config import DataConfig
-from neva_jax.data.rows import IMAGE_MARK, Turn
+from neva_jax.data.rows import IMAGE_MARK, BadRow, DroppedRow, Turn
 from neva_jax.data.tiles import TEXT, ImageSpan
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
@@ -93,11 +93,13 @@ class Encoded:
     """A conversation as tokens: ids [N] i32, loss weights [N] f32, image slots [N] i32.
 
     Slots: -1 = text, -2 = the learned newline, else k*P + p, feature p of tile k.
+    spans: (first, last + 1) of the tokens of each image, the tokens around it included.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     slots: np.ndarray
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 class _Joiner:
@@ -108,6 +110,7 @@ class _Joiner:
         self.tokens: list[int] = []
         self.weights: list[float] = []
         self.slots: list[int] = []
+        self.spans: list[tuple[int, int]] = []
         self.features = 0  # of the images so far
         self.after_text = False
         self.pending, self.pending_weight = "", 0.0
@@ -125,10 +128,12 @@ class _Joiner:
 
     def image(self, span: ImageSpan) -> None:
         self.flush()
+        first = len(self.tokens)
         self._append(self.frame.start)
         slots = np.where(span.slots >= 0, span.slots + self.features, span.slots)
         self._append([0] * len(slots), slots=slots.tolist())
         self._append(self.frame.end)
+        self.spans.append((first, len(self.tokens)))
         self.features += span.features
         self.after_text = False
 
@@ -178,5 +183,33 @@ def encode_conversation(
                 joiner.special(tokenizer.eos_id, weight=1.0)
     joiner.flush()
     return Encoded(
-        np.asarray(joiner.tokens, np.int32), np.asarray(joiner.weights, np.float32), np.asarray(joiner.slots, np.int32)
+        np.asarray(joiner.tokens, np.int32),
+        np.asarray(joiner.weights, np.float32),
+        np.asarray(joiner.slots, np.int32),
+        tuple(joiner.spans),
     )
+
+
+def fit_length(encoded: Encoded, data: DataConfig) -> Encoded:
+    """A conversation that fits `data.max_length` positions and has something to learn, by `data.on_long_row`.
+
+    Raises:
+      BadRow: too long, and the policy is `error`.
+      DroppedRow: too long and the policy is `drop`, or nothing supervised is (or stays) there.
+    """
+    length = len(encoded.tokens) - 1
+    if length > data.max_length:
+        images = int((encoded.slots != TEXT).sum())
+        message = f"has {length} tokens ({images} of images), but data.max_length is {data.max_length}"
+        if data.on_long_row == "error":
+            raise BadRow(message)
+        if data.on_long_row == "drop":
+            raise DroppedRow(message)
+        end = next((first for first, last in encoded.spans if first <= data.max_length < last - 1), data.max_length + 1)
+        spans = tuple(span for span in encoded.spans if span[1] <= end)
+        encoded = Encoded(encoded.tokens[:end], encoded.weights[:end], encoded.slots[:end], spans)
+        if not encoded.weights[1:].any():
+            raise DroppedRow(f"{message}, and has nothing to learn when it is cut there")
+    if not encoded.weights[1:].any():
+        raise DroppedRow("has nothing to learn: its answers are empty, or of weight 0")
+    return encoded

@@ -96,6 +96,11 @@ class Tokenizer:
         """Digest of the file."""
         return hashlib.sha256(self.serialized).hexdigest()
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the special and added tokens, which text never has."""
+        return self._codec.special_ids
+
     def token_id(self, name: str) -> int | None:
         """Id of a special or added token (`<|im_end|>`), None if there is none of that name; text has no such ids."""
         return self._codec.special_ids.get(name)
