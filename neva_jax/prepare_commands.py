@@ -67,7 +67,7 @@ def check(options: argparse.Namespace) -> int:
         raise UserError(f"--show {options.show}: must not be negative")
     if (options.show or options.row) and tokenizer is None:
         raise UserError("--show and --row need --tokenizer, or model.tokenizer in --config")
-    sources = _all_sources(config)
+    sources = all_sources(config)
     refs = [*spread_refs(sources, options.show), *(_row(text, sources) for text in options.row)]
     if refs:
         color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
@@ -159,7 +159,7 @@ def _read_paths(config: Config) -> tuple[Path, ...]:
 # The two places that know how sources are opened.
 
 
-def _all_sources(config: Config) -> Sources:
+def all_sources(config: Config) -> Sources:
     """Every file of training and validation rows once, with all of its rows."""
     every: dict[tuple, SourceConfig] = {}
     for source in [*config.data.train, *config.data.val]:

@@ -132,7 +132,7 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(f"  {name:<{width}}  {value:>{number}}  {remark}".rstrip())
         for kind, one in report.get({"Bad rows": "bad", "Dropped rows": "dropped"}.get(title, ""), {}).items():
             lines.append(f"  {kind}:")
-            lines += [f"    {_where(line)}: {line['message']}" for line in one["examples"]]
+            lines += [f"    {_where(line, report)}: {line['message']}" for line in one["examples"]]
             if (more := one["rows"] - len(one["examples"])) > 0:
                 lines.append(f"    … and {_n(more)} more")
         lines.append("")
@@ -145,8 +145,10 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{_n(bad)} of {_n(total)} rows are bad" if bad else f"no problems in {_n(total)} rows"
 
 
-def _where(line: dict[str, Any]) -> str:
-    return f"{line['file']}: row {line['row']}" + (f" (id '{line['id']}')" if line["id"] else "")
+def _where(line: dict[str, Any], report: dict[str, Any]) -> str:
+    """Names a row; its file only where there are several."""
+    file = f"{line['file']}: " if len(report["files"]) > 1 else ""
+    return f"{file}row {line['row']}" + (f" (id '{line['id']}')" if line["id"] else "")
 
 
 # --- files
@@ -171,7 +173,10 @@ def as_html(report: dict[str, Any], picture: bool) -> str:
         kinds = report.get({"Bad rows": "bad", "Dropped rows": "dropped"}.get(title, ""), {})
         for kind, one in kinds.items():
             parts.append(f"<h3>{escape(kind)}</h3>\n<ul>")
-            parts += [f"<li><code>{escape(_where(line))}: {escape(line['message'])}</code>" for line in one["examples"]]
+            parts += [
+                f"<li><code>{escape(_where(line, report))}: {escape(line['message'])}</code>"
+                for line in one["examples"]
+            ]
             if (more := one["rows"] - len(one["examples"])) > 0:
                 parts.append(f"<li>… and {_n(more)} more, in problems.jsonl")
             parts.append("</ul>")
