@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from neva_jax.data.report import example_rows
 
@@ -196,6 +197,7 @@ def draw_lengths(report: dict[str, Any], path: Path) -> None:
         width, counts = lengths[name]["histogram"]["width"], lengths[name]["histogram"]["counts"]
         axis.bar([width * (i + 0.5) for i in range(len(counts))], counts, width)
         axis.set(xlabel=title, ylabel="rows", xlim=(0, None))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3, axis="y")
         if name == "tokens" and len(counts) * width >= longest:
             axis.axvline(longest, color="tab:red", linewidth=1, label=f"data.max_length = {longest}")

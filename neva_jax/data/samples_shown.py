@@ -79,7 +79,7 @@ def _same(values: np.ndarray, first: int) -> int:
 def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
     """The text of ids with their leading space, which a tokenizer drops where a text begins: so it is given a begin."""
     begin = tokenizer.encode("x", continues=False)
-    return tokenizer.decode(begin + ids).removeprefix("x")
+    return tokenizer.decode(begin + ids).removeprefix(tokenizer.decode(begin))
 
 
 def shown(sample: Sample, tokenizer: Tokenizer, color: bool) -> str:

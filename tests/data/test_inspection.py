@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from neva_jax.data import inspection
+from neva_jax.data.check_command import all_sources
 from neva_jax.data.inspection import BAD, DROPPED, GOOD, KINDS, Inspector, duplicates, inspect
 from neva_jax.data.report import EXAMPLES, PERCENTILES, make_report, problem_lines
 from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef, Sources
-from neva_jax.prepare_commands import all_sources
 from tests.data.damaged import EXPECTED, NEEDS_DECODING, ROWS, encoded, noise, write_damaged
 from tests.data.rows import conversation
 

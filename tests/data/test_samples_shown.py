@@ -8,12 +8,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from neva_jax.data.check_command import all_sources
 from neva_jax.data.samples import Sample, Samples
 from neva_jax.data.samples_shown import runs, show, shown, spread_refs
 from neva_jax.data.sources import RowRef
 from neva_jax.data.templates import Encoded
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.prepare_commands import all_sources
 from tests.conftest import CORPUS
 from tests.data.rows import PATCHES, conversation, write_rows
 
