@@ -16,6 +16,7 @@ from neva_jax.data.plans import Plans
 from neva_jax.data.report import make_report, problem_lines
 from neva_jax.data.samples_shown import show, spread_refs
 from neva_jax.data.sources import RowRef, Sources
+from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.interop.output import check_folder, replacing_folder
@@ -79,10 +80,10 @@ def lengths(options: argparse.Namespace) -> int:
             print("  all of it was there already")
         plan = Plans(sources, tables, config)[0]
         useful = 100 * plan.tokens / (plan.rows * config.data.max_length)
-        unused = "" if config.data.pack else " (data.pack is false: not in use)"
         print(
-            f"  packed: {sources.epoch_size:,} samples in {plan.rows:,} rows of {config.data.max_length} tokens, "
-            f"{useful:.1f} % of them useful{unused}"
+            f"  packed: {sources.epoch_size:,} samples in {plan.rows:,} rows of {config.data.max_length} tokens and at "
+            f"most {tiles_per_row(config)} image tiles, {useful:.1f} % of the tokens useful"
+            + ("" if config.data.pack else " (data.pack is false: not in use)")
         )
     return 0
 

@@ -32,16 +32,19 @@ def in_order(work: Callable[..., Any], shared: Any, jobs: Iterable[tuple], proce
     jobs = iter(jobs)
     # Not forked: the calling process may hold threads, or a device.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (work, shared))
+    done = False
     try:
         waiting: deque[Future] = deque(pool.submit(_do, *job) for job in islice(jobs, _AHEAD * processes))
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(pool.submit(_do, *job) for job in islice(jobs, 1))
             yield result
+        done = True
     except BrokenProcessPool:
         raise WorkerError(f"a process that {what} has died, perhaps for lack of memory; use fewer --workers") from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        # After an error nobody waits for what is under way.
+        pool.shutdown(wait=done, cancel_futures=True)
 
 
 _work: Callable[..., Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from neva_jax.data.inspection import BAD, DROPPED, GOOD, KINDS, Findings, ImageItem, duplicates
+from neva_jax.data.inspection import BAD, DROPPED, GOOD, KINDS, Findings, duplicates
 from neva_jax.data.packing import pack
 from neva_jax.data.sources import RowRef
 from neva_jax.data.tiles import tiles_per_row
@@ -158,17 +158,17 @@ def _duplicate_ids(findings: Findings, table: np.ndarray) -> dict[str, Any]:
 
 
 def _duplicate_images(findings: Findings) -> dict[str, Any]:
-    """Files of different names that hold the same bytes."""
-    names: dict[bytes, list[ImageItem]] = {}
+    """Contents that stand under several names; rows of records that bring the same file are none."""
+    names: dict[bytes, dict[str, None]] = {}
     for item, one in zip(findings.items, findings.images, strict=True):
         if one.digest:
-            names.setdefault(one.digest, []).append(item)
-    groups = [group for group in names.values() if len(group) > 1]
+            names.setdefault(one.digest, {})[item.name] = None
+    groups = [list(group) for group in names.values() if len(group) > 1]
     return {
         "contents": len(groups),
         "files": sum(map(len, groups)),
         "examples": [
-            {"count": len(group), "names": [printable(item.name, most=200) for item in group[:EXAMPLES]]}
+            {"count": len(group), "names": [printable(name, most=200) for name in group[:EXAMPLES]]}
             for group in groups[:EXAMPLES]
         ],
     }
@@ -203,6 +203,7 @@ def _packing(findings: Findings, good: np.ndarray) -> dict[str, Any] | None:
     rows = int(pack(used, good["tiles"].astype(np.int64), *room).max()) + 1
     tokens = int(used.sum())
     return {
+        "tiles_per_row": room[1],
         "samples": len(used),
         "tokens": tokens,
         "packed_rows": rows,

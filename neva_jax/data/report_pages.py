@@ -82,7 +82,8 @@ def _packing_lines(packing: dict[str, Any] | None) -> Iterable[tuple[str, str, s
         return
     padded, packed = (f"{100 * packing[name]:.1f} %" for name in ("padded_useful", "packed_useful"))
     yield "padded", padded, f"useful in {_n(packing['samples'])} rows of one sample each"
-    yield "packed", packed, f"useful in {_n(packing['packed_rows'])} rows with data.pack"
+    most = f"of at most {_n(packing['tiles_per_row'])} image tiles each (data.images_per_row)"
+    yield "packed", packed, f"useful in {_n(packing['packed_rows'])} rows with data.pack, {most}"
 
 
 def _duplicate_lines(report: dict[str, Any]) -> Iterable[tuple[str, str, str]]:

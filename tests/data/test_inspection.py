@@ -10,7 +10,19 @@ import pytest
 
 from neva_jax.data import inspection
 from neva_jax.data.check_command import all_sources
-from neva_jax.data.inspection import BAD, DROPPED, GOOD, KINDS, Inspector, duplicates, inspect
+from neva_jax.data.inspection import (
+    BAD,
+    DROPPED,
+    GOOD,
+    KINDS,
+    ROW,
+    Findings,
+    ImageFinding,
+    ImageItem,
+    Inspector,
+    duplicates,
+    inspect,
+)
 from neva_jax.data.report import EXAMPLES, PERCENTILES, make_report, problem_lines
 from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.samples import Samples
@@ -308,6 +320,21 @@ def test_sizes_formats_and_modes(damaged, tokenizer):
     assert images["shorter_than_model"] == 2
     assert images["bad"] == {"image_missing": 3, "image_broken": 2, "image_incomplete": 1, "image_too_large": 1}
     assert images["distinct"] == 3 + 8
+
+
+def test_one_name_in_several_records_is_no_duplicate(damaged):
+    settings, sources = damaged()
+    names = ["a", "b", "a", "c", "d"]
+    digests = [b"1", b"1", b"1", b"2", b"2"]
+    findings = Findings(settings, sources, measured=False, decoded=True)
+    findings.tables = [np.zeros(1, ROW)]
+    findings.items = [ImageItem(RowRef(0, row), name, "image") for row, name in enumerate(names)]
+    findings.images = [ImageFinding(digest=digest) for digest in digests]
+    assert make_report(findings)["duplicate_images"] == {
+        "contents": 2,
+        "files": 4,
+        "examples": [{"count": 2, "names": ["a", "b"]}, {"count": 2, "names": ["c", "d"]}],
+    }
 
 
 def test_each_image_is_looked_at_once(damaged, tokenizer, monkeypatch):
