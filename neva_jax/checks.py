@@ -43,6 +43,21 @@ def check(config: Config) -> None:
     _check_files(config)
 
 
+def check_data(config: Config) -> None:
+    """What concerns rows and images alone: the commands that prepare data need neither a run nor a model.
+
+    Raises:
+      UserError: one line that names the key and quotes the numbers.
+    """
+    if not config.data.train:
+        raise UserError("data.train is not set; give it in --config, as data.train=…, or as --json and --images")
+    check_ranges(config)
+    _check_images(config)
+    _check_split(config.data)
+    _check_rows(config)
+    _check_template(config.data)
+
+
 def check_mesh(config: Config, sizes: dict[str, int]) -> int:
     """Checks batch and model sizes against the mesh; returns A, the number of accumulated micro batches per step.
 

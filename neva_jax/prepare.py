@@ -10,6 +10,7 @@ from pathlib import Path
 from neva_jax.config import DataConfig, SourceConfig
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.interop.output import check_folder, readable, replacing_folder
+from neva_jax.prepare_commands import check, check_flags, lengths, lengths_flags
 
 _SHOWN = 10
 
@@ -18,9 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and prepares; returns the exit status."""
     parser = CommandParser(prog="python -m neva_jax.prepare", description="Prepare data for training.")
     commands = parser.add_subparsers(dest="command", required=True)
+    check_flags(commands.add_parser("check", help="read every row and image, and say what is wrong with which"))
+    lengths_flags(commands.add_parser("lengths", help="measure the rows for data.pack=true"))
     _records_flags(commands.add_parser("records", help="rows and images together, as ArrayRecord or TFDS"))
     options = parser.parse_args(arguments)
-    return {"records": _records}[options.command](options)
+    return {"check": check, "lengths": lengths, "records": _records}[options.command](options)
 
 
 def _records_flags(parser: argparse.ArgumentParser) -> None:

@@ -119,6 +119,9 @@ class _Archive(Store):
             raise BadRow(f"field {field}: {name} is not in {self.path}")
         return found
 
+    def _check(self, name: str, field: str) -> None:
+        self._find(name, field)
+
     def _files(self, name: str) -> list[str] | None:
         clean = None if name.startswith("/") else clean_name(name)
         if clean is None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neva_jax.config import Config, image_tokens
+from neva_jax.config import Config, DataConfig, image_tokens
 from neva_jax.data.encoding import Encoded, conversation_encoder, fit_length
 from neva_jax.data.images import decode_image, image_size, sample_frames
 from neva_jax.data.rows import VIDEO_MARK, BadRow, Row, Turn
@@ -109,19 +109,25 @@ class Samples:
     # --- a row
 
     def _read(self, ref: RowRef) -> Row:
-        row, data = self.sources.read(ref), self.config.data
-        if row.video is not None:
-            if not data.video_frames:
-                raise BadRow(
-                    "has a field video, but data.video_frames is 0; set the number of frames to take of a video"
-                )
-            return row
-        if len(row.images) > data.images_per_row:
-            raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {data.images_per_row}")
-        # Where there are no videos, the word is text: of HTML, say.
-        if data.video_frames and (marks := row.count(VIDEO_MARK)):
-            raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
-        return row
+        return check_row(self.sources.read(ref), self.config.data)
 
     def _turns(self, row: Row) -> tuple[Turn, ...]:
         return row.turns if row.video is None else row.with_frames(frames_per_video(self.config.data))
+
+
+def check_row(row: Row, data: DataConfig) -> Row:
+    """The row itself, if the configuration takes so many images, or videos at all.
+
+    Raises:
+      BadRow: it does not.
+    """
+    if row.video is not None:
+        if not data.video_frames:
+            raise BadRow("has a field video, but data.video_frames is 0; set the number of frames to take of a video")
+        return row
+    if len(row.images) > data.images_per_row:
+        raise BadRow(f"field image has {len(row.images)} images, but data.images_per_row is {data.images_per_row}")
+    # Where there are no videos, the word is text: of HTML, say.
+    if data.video_frames and (marks := row.count(VIDEO_MARK)):
+        raise BadRow(f"field conversations has {marks} {VIDEO_MARK} marks in human turns, but no field video")
+    return row

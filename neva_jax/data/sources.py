@@ -173,6 +173,10 @@ class Sources:
         """The bytes of an image of a row, or of a frame of its video (`field="video"`). Raises BadRow."""
         return self._store(ref, name).read(name, field)
 
+    def check_image(self, ref: RowRef, name: str, field: str = "image") -> None:
+        """Raises BadRow where `read_image` would, as far as that can be told without reading the file."""
+        self._store(ref, name).check(name, field)
+
     def frames(self, ref: RowRef, name: str) -> list[str]:
         """The names of the frames of a row's video, in order, for `read_image`. Raises BadRow."""
         return self._store(ref, name).frames(name)

@@ -38,12 +38,16 @@ class Store:
         Raises:
           BadRow: there is none, it is no regular file, too large, or lies outside of the store.
         """
-        if "://" in name:
-            raise BadRow(f"field {field}: {name} is an address; nothing is fetched, give the name of a file")
+        _refuse_address(name, field)
         video, _, number = name.rpartition("#")
         if field == "video" and is_video(video) and number.isdecimal():
             return self._video(video).frame(int(number))
         return self._read(name, field, MAX_IMAGE_BYTES)
+
+    def check(self, name: str, field: str = "image") -> None:
+        """Raises BadRow where `read` would, as far as that can be told without reading the file."""
+        _refuse_address(name, field)
+        self._check(name, field)
 
     def frames(self, name: str) -> list[str]:
         """The names of the frames of a video, which `read` takes: the files of a folder, sorted by name; hidden ones do
@@ -72,6 +76,9 @@ class Store:
 
     def _read(self, name: str, field: str, limit: int) -> bytes:
         raise NotImplementedError
+
+    def _check(self, name: str, field: str) -> None:
+        self._read(name, field, MAX_IMAGE_BYTES)
 
     def _files(self, name: str) -> list[str] | None:
         """The names of the files in a folder, hidden ones left out; None: it is no folder. Raises BadRow."""
@@ -111,6 +118,10 @@ class FolderStore(Store):
             raise BadRow(f"field {field}: {name} leads out of {self.path}")
         return path
 
+    def _check(self, name: str, field: str) -> None:
+        if not os.path.isfile(self.find(name, field)):
+            raise BadRow(f"field {field}: {name} in {self.path} is no regular file")
+
     def _read(self, name: str, field: str, limit: int) -> bytes:
         path = self.find(name, field)
         try:
@@ -129,6 +140,11 @@ class FolderStore(Store):
         if not os.path.isdir(path):
             return None
         return [file for file in os.listdir(path) if not file.startswith(".")]
+
+
+def _refuse_address(name: str, field: str) -> None:
+    if "://" in name:
+        raise BadRow(f"field {field}: {name} is an address; nothing is fetched, give the name of a file")
 
 
 def find_image(folder: str | Path | None, name: str, field: str = "image") -> Path:
