@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from neva_jax.config import Config
-from neva_jax.data.cache import cache_folder, cached_array, file_key
+from neva_jax.data.cache import cache_folder, cached_array
 from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef, Sources
@@ -36,6 +36,7 @@ CHUNK = 1000  # rows that a process measures at a time
 # What a row's length depends on, besides its content and the tokenizer.
 _DATA_KEYS = (
     "template",
+    "chat_template",
     "compat",
     "image_position",
     "max_length",
@@ -179,7 +180,6 @@ def _key(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) ->
         "rows": sources.fingerprint(source),
         "tokenizer": [tokenizer.sha256, tokenizer.settings],
         "data": {name: getattr(data, name) for name in _DATA_KEYS},
-        "chat_template": file_key(data.chat_template) if data.chat_template is not None else None,
         "vision": {name: getattr(model.vision, name) for name in _VISION_KEYS},
         "projector": [model.projector.kind, model.projector.newline],
     }
