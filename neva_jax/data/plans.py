@@ -121,7 +121,7 @@ class Plans:
         Raises:
           UserError: no row begins there.
         """
-        epoch, place = divmod(samples, self.sources.epoch_size)
+        epoch, place = divmod(int(samples), self.sources.epoch_size)
         starts = self[epoch].starts
         row = int(np.searchsorted(starts, place))
         if starts[row] != place:

@@ -82,7 +82,7 @@ def test_resuming_drops_a_last_line_that_was_cut(tmp_path, kept):
         assert read_rows(tmp_path) == [train_row(1), train_row(2)]
         log.metrics(train_row(4))
     assert read_rows(tmp_path) == [train_row(1), train_row(2), train_row(4)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl", "plots"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad_rows.jsonl", "log.txt", "metrics.jsonl", "plots"]
 
 
 def test_a_fresh_run_drops_every_row_of_a_run_without_checkpoint(tmp_path):
