@@ -38,7 +38,6 @@ CHUNK = 1000  # rows that a process measures at a time
 # What a row's length depends on, besides its content and the tokenizer.
 _DATA_KEYS = (
     "template",
-    "chat_template",
     "compat",
     "image_position",
     "max_length",
