@@ -33,8 +33,8 @@ from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.images import open_image
 from neva_jax.data.pipeline import batches
-from neva_jax.data.rows import BadRow, read_json
-from neva_jax.data.sources import Sources
+from neva_jax.data.rows import BadRow
+from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import picture
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
@@ -153,16 +153,23 @@ def _config(options: argparse.Namespace, image_px: int, source: dict[str, Path |
 
 def _stages(config: Config, distinct: int) -> dict[str, Any]:
     """Milliseconds of CPU per image in one process, stage by stage; and what the images are."""
-    (source,) = config.data.train
-    names = dict.fromkeys(row["image"] for row in read_json(source.json) if isinstance(row.get("image"), str))
-    paths = [Path(source.images, name) for name in list(names)[:distinct]]
+    sources = Sources(config.data, "train", config.run.seed, shuffle=False)
+    found: dict[str, RowRef] = {}
+    for number in range(sources.row_count):
+        ref = RowRef(0, number)
+        try:
+            found |= dict.fromkeys(sources.read(ref).images, ref)
+        except BadRow:
+            continue
+        if len(found) >= distinct:
+            break
     try:
-        files = [path.read_bytes() for path in paths]
-        images = [open_image(data, path.name, config) for data, path in zip(files, paths, strict=True)]
-    except (OSError, BadRow) as error:
-        raise UserError(f"{source.json}: {error}") from None
+        files = [sources.read_image(ref, name) for name, ref in found.items()]
+        images = [open_image(data, name, config) for data, name in zip(files, found, strict=True)]
+    except BadRow as error:
+        raise UserError(f"{config.data.train[0].json}: {error}") from None
     if not images:
-        raise UserError(f"{source.json}: no row has an image")
+        raise UserError(f"{config.data.train[0].json}: no row has an image")
     hf_ms = difference = None
     if by_hugging_face := _hugging_face(config):
         gaps = [picture(image, config).tiles[0].astype(int) - by_hugging_face(image) for image in images]
@@ -170,7 +177,7 @@ def _stages(config: Config, distinct: int) -> dict[str, Any]:
         hf_ms = _milliseconds(by_hugging_face, images)
     widths, heights = ({getattr(image, side) for image in images} for side in ("width", "height"))
     return {
-        "read_ms": _milliseconds(Path.read_bytes, paths),
+        "read_ms": _milliseconds(lambda name: sources.read_image(found[name], name), list(found)),
         "decode_ms": _milliseconds(lambda data: open_image(data, "", config), files),
         "resize_ms": _milliseconds(lambda image: picture(image, config), images),
         "hf_ms": hf_ms,
