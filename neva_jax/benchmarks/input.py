@@ -33,7 +33,7 @@ from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.images import open_image
 from neva_jax.data.pipeline import batches
-from neva_jax.data.rows import BadRow, read_json
+from neva_jax.data.rows import BadRow
 from neva_jax.data.sources import Sources
 from neva_jax.data.tiles import picture
 from neva_jax.data.tokenizer import Tokenizer
@@ -154,9 +154,11 @@ def _config(options: argparse.Namespace, image_px: int, source: dict[str, Path |
 def _stages(config: Config, distinct: int) -> dict[str, Any]:
     """Milliseconds of CPU per image in one process, stage by stage; and what the images are."""
     (source,) = config.data.train
-    names = dict.fromkeys(row["image"] for row in read_json(source.json) if isinstance(row.get("image"), str))
-    paths = [Path(source.images, name) for name in list(names)[:distinct]]
+    sources = Sources(config.data, "train", config.run.seed, shuffle=False)
     try:
+        read = (sources.read(sources.order(i)) for i in range(sources.epoch_size))
+        names = dict.fromkeys(row.images[0] for row in read if len(row.images) == 1)
+        paths = [Path(source.images, name) for name in list(names)[:distinct]]
         files = [path.read_bytes() for path in paths]
         images = [open_image(data, path.name, config) for data, path in zip(files, paths, strict=True)]
     except (OSError, BadRow) as error:
