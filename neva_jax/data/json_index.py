@@ -51,8 +51,8 @@ def index_list(
       advance: is told how many bytes are done.
 
     Raises:
-      UserError: no JSON, with the line, column and byte where it ends being any; what is wrong inside a row without a doubt where the
-        row ends (bad UTF-8, NaN, too deep, too long) is left to the reader of the row.
+      UserError: no JSON, with the line, column and byte where it ends being any; what is wrong inside a row without a
+        doubt where the row ends (bad UTF-8, NaN, too deep, too long) is left to the reader of the row.
     """
     file.seek(start + 1)
     position = start + 1  # of the piece in the file
