@@ -104,7 +104,7 @@ def test_process_train_unknown_key(overrides, tmp_path):
 def test_process_train_broken_json(overrides, tmp_path):
     (tmp_path / "rows.json").write_text('[\n  {"id": "a",\n]')
     text = process("train", *overrides, f"data.train=[{{json: {tmp_path}/rows.json}}]")
-    assert_says(text, f"{tmp_path}/rows.json: line 3 column 1 is no JSON")
+    assert_says(text, f"{tmp_path}/rows.json: line 3 column 1 (byte 16) is no JSON")
     assert written_by_run(tmp_path) == []
 
 
@@ -178,8 +178,8 @@ BAD_RUNS = {
     "mesh and batch": (["train.micro_batch=8"], ["train.global_batch=8", "train.micro_batch=8", "64"]),
     "mesh and heads": (["--mesh-shape", "data=2,tensor=4"], ["model.llm.num_kv_heads=2", "tensor=4"]),
     "data missing": (["data.train=[{{json: {tmp}/nope.json}}]"], ["data.train[0].json", "nope.json"]),
-    "data no JSON": (["data.train=[{{json: {tmp}/wrong.yaml}}]"], ["wrong.yaml", "line 1 column 1", "JSON"]),
-    "data no list": (["data.train=[{{json: {tmp}/object.json}}]"], ["object.json", "list", "dict"]),
+    "data no JSON": (["data.train=[{{json: {tmp}/wrong.yaml}}]"], ["wrong.yaml", "line 1 column 1 (byte 0)", "JSON"]),
+    "data no list": (["data.train=[{{json: {tmp}/object.json}}]"], ["object.json", "holds an object", "list of rows"]),
     "data empty": (["data.train=[{{json: {tmp}/empty.json}}]"], ["empty.json", "no rows"]),
     "validation data no JSON": (["data.val=[{{json: {tmp}/wrong.yaml}}]"], ["wrong.yaml", "JSON"]),
     "weight that leaves no row": (["data.train=[{{json: {tmp}/one.json, weight: 0.1}}]"], ["weight=0.1", "one.json"]),

@@ -77,6 +77,18 @@ def test_what_is_there_stays_without_force(llava_data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["records.json", "rows-00000.array_record"]
 
 
+@pytest.fixture
+def interruptible():
+    """Processes that are started here do not ignore SIGINT, as they would where a script runs the tests with `&`.
+
+    What is ignored is so for all children, too; a handler becomes the default action in them.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", ["array_record", "tfds"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_one_leaves_nothing_that_looks_whole(llava_data, tmp_path, number, kind):

@@ -51,8 +51,8 @@ def index_list(
       advance: is told how many bytes are done.
 
     Raises:
-      UserError: no JSON, with the byte where it ends being any; what is wrong inside a row without a doubt where the
-        row ends (bad UTF-8, NaN, too deep, too long) is left to the reader of the row.
+      UserError: no JSON, with the line, column and byte where it ends being any; what is wrong inside a row without a
+        doubt where the row ends (bad UTF-8, NaN, too deep, too long) is left to the reader of the row.
     """
     file.seek(start + 1)
     position = start + 1  # of the piece in the file
@@ -66,7 +66,7 @@ def index_list(
         begin = 0
         for cut in cuts:
             if pending is not None and pending_bytes + cut - begin <= MAX_ROW_BYTES:
-                _check_row(path, b"".join(pending) + piece[begin:cut], first, piece[cut : cut + 1], not bounds)
+                _check_row(path, file, b"".join(pending) + piece[begin:cut], first, piece[cut : cut + 1], not bounds)
             bounds.extend((first, position + cut))
             first, begin, pending, pending_bytes = position + cut + 1, cut + 1, [], 0
         if depth == 0:
@@ -80,8 +80,8 @@ def index_list(
         advance(len(piece))
     if not ended:
         if pending is not None:
-            _check_row(path, b"".join(pending), first, b"", False)
-        raise no_json(path, size, "the list does not end", truncated=True)
+            _check_row(path, file, b"".join(pending), first, b"", False)
+        raise no_json(path, file, size, "the list does not end", truncated=True)
     if len(bounds) == 2 and bounds[1] - bounds[0] <= MAX_ROW_BYTES and not _read(file, *bounds).strip():
         return np.zeros((0, 2), np.int64)
     return np.array(bounds, np.int64).reshape(-1, 2)
@@ -124,22 +124,18 @@ def _cuts(piece: bytes, depth: int, in_string: bool, escaped: bool) -> tuple[lis
     return places[cut].tolist(), int(depths[-1]) if len(depths) else depth, in_string, escaped
 
 
-def _check_row(path: str, row: bytes, first: int, end: bytes, may_be_empty: bool) -> None:
+def _check_row(path: str, file: BinaryIO, row: bytes, first: int, end: bytes, may_be_empty: bool) -> None:
     text = row.decode("utf-8", "replace")
     try:
         if not (may_be_empty and end == b"]" and not text.strip()):
             parse_json(text)
     except json.JSONDecodeError as error:
-        where = first + len(text[: error.pos].encode("utf-8"))
-        # Where bytes were replaced, counting them again would be off.
-        if "\ufffd" in text:
-            where = first + _byte_of(row, error.pos)
-        raise no_json(path, where, error.msg) from None
+        raise no_json(path, file, first + byte_of(row, error.pos), error.msg) from None
     except (ValueError, RecursionError):
         pass  # its bounds are sure; whoever reads the row is told
 
 
-def _byte_of(row: bytes, character: int) -> int:
+def byte_of(row: bytes, character: int) -> int:
     """The byte of a character, where bytes that are no UTF-8 count as `bytes.decode` replaces them."""
     low, high = 0, len(row)
     while low < high:
@@ -153,10 +149,10 @@ def _byte_of(row: bytes, character: int) -> int:
 
 def _check_end(path: str, rest: bytes, file: BinaryIO, position: int, bracket: bytes) -> None:
     if bracket != b"]":
-        raise no_json(path, position - 1, "the list ends with a wrong bracket")
+        raise no_json(path, file, position - 1, "the list ends with a wrong bracket")
     while rest:
         if text := rest.lstrip(b" \t\r\n"):
-            raise no_json(path, position + len(rest) - len(text), "Extra data after the list")
+            raise no_json(path, file, position + len(rest) - len(text), "Extra data after the list")
         position += len(rest)
         rest = file.read(_PIECE)
 
@@ -194,7 +190,20 @@ def _read(file: BinaryIO, first: int, end: int) -> bytes:
     return file.read(end - first)
 
 
-def no_json(path: str, byte: int, reason: str, truncated: bool = False) -> UserError:
-    """The error of a file that is no JSON from `byte` on."""
+def no_json(path: str, file: BinaryIO, byte: int, reason: str, truncated: bool = False) -> UserError:
+    """The error of a file that is no JSON from `byte` (from 0) on, with its line and column (from 1, in characters)."""
+    line, column = _line_and_column(file, byte)
     advice = "; the file is cut off" if truncated else ""
-    return UserError(f"{path}: byte {byte} is no JSON ({reason}){advice}")
+    return UserError(f"{path}: line {line} column {column} (byte {byte}) is no JSON ({reason}){advice}")
+
+
+def _line_and_column(file: BinaryIO, byte: int) -> tuple[int, int]:
+    line = column = 1
+    file.seek(0)
+    while piece := file.read(min(_PIECE, byte)):
+        byte -= len(piece)
+        if newlines := piece.count(b"\n"):
+            line, column = line + newlines, 1
+        last = np.frombuffer(piece, np.uint8)[piece.rfind(b"\n") + 1 :]
+        column += int(np.count_nonzero(last & 0xC0 != 0x80))  # bytes that go on with a character do not count
+    return line, column

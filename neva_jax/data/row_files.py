@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from neva_jax.config import SourceConfig
 from neva_jax.data.cache import cached, cached_array, file_key, locked, open_regular
-from neva_jax.data.json_index import MAX_ROW_BYTES, index_lines, index_list, no_json, parse_json
+from neva_jax.data.json_index import MAX_ROW_BYTES, byte_of, index_lines, index_list, no_json, parse_json
 from neva_jax.data.rows import BadRow
 from neva_jax.data.stores import Store
 from neva_jax.errors import UserError
@@ -50,7 +50,7 @@ def open_rows(config: SourceConfig, cache: Path) -> RowFile:
     """The rows of a source.
 
     Raises:
-      UserError: a file that cannot be read, or holds no rows; byte offsets say where it is broken.
+      UserError: a file that cannot be read, or holds no rows; line, column and byte say where it is broken.
     """
     if config.records is None:
         return JsonRows(config.json, cache)
@@ -186,19 +186,23 @@ def _kind(path: str, file: BinaryIO) -> tuple[bool, int]:
             parse_json(text.decode("utf-8", "replace"))
         except json.JSONDecodeError as error:
             if error.pos < len(text) // 2 or len(head) < 2**16:
-                raise no_json(path, at + len(text[: error.pos]), error.msg) from None
+                raise no_json(path, file, at + byte_of(text, error.pos), error.msg) from None
         except (ValueError, RecursionError):
             pass
         raise UserError(f"{path}: must hold a list of rows, or one row a line")
-    # Lines under another name: the first must be a row by itself, not the beginning of an object over several lines.
+    # Lines under another name: the first must be a row by itself, not the beginning of an object over several lines,
+    # and not the only one if it is no row (other tools' JSON is often one object on one line).
+    no_list = UserError(f"{path}: holds an object; it must hold a list of rows, or one row a line")
     file.seek(at)
     line = file.readline(MAX_ROW_BYTES)
     try:
-        parse_json(line.decode("utf-8", "replace"))
+        row = parse_json(line.decode("utf-8", "replace"))
     except json.JSONDecodeError as error:
-        if error.pos >= len(line.decode("utf-8", "replace").rstrip()):
-            raise UserError(f"{path}: holds an object; it must hold a list of rows, or one row a line") from None
-        raise no_json(path, at + error.pos, error.msg) from None
+        if len(line) == MAX_ROW_BYTES or error.pos >= len(line.decode("utf-8", "replace").rstrip()):
+            raise no_list from None
+        raise no_json(path, file, at + byte_of(line, error.pos), error.msg) from None
     except (ValueError, RecursionError):
-        pass
+        return True, start
+    if isinstance(row, dict) and "conversations" not in row and not file.read(2**16).strip():
+        raise no_list
     return True, start

@@ -13,6 +13,7 @@ from neva_jax.data.rows import IMAGE_MARK, Turn
 from neva_jax.data.templates import Template, parts
 from neva_jax.data.tokenizer import Tokenizer
 
+# vLLM looks for a loop over the content of the loops' variable, by its name: here as in every loop over messages, `m`.
 TEXT_MACRO = (
     "{% macro text(m) %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}{% endmacro %}"

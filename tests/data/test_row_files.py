@@ -211,30 +211,38 @@ def test_a_large_file_needs_little_memory(tmp_path, cache, name):
         (b"\xef\xbb\xbf", "holds no rows"),
         (b"[]", "holds no rows"),
         (b"[ \n]\n", "holds no rows"),
-        (b'[{"id": 1},\n {"id" 2}]', "byte 19 is no JSON (Expecting ':' delimiter)"),
-        ('[{"é": 1},\n {"é" 2}]'.encode(), "byte 19 is no JSON (Expecting ':' delimiter)"),
-        (b'["\xff", {"id" 2}]', "byte 12 is no JSON (Expecting ':' delimiter)"),
-        (b'[{"\xff\xe9\xe9": "a" 2}]', "byte 13 is no JSON (Expecting ',' delimiter)"),
-        (b'[\n\n"caf\n"]', "byte 7 is no JSON (Invalid control character at)"),
-        (b"[1,]", "byte 3 is no JSON (Expecting value)"),
-        (b"[,1]", "byte 1 is no JSON (Expecting value)"),
-        (b"[1 2]", "byte 3 is no JSON (Extra data)"),
-        (b"[1, 2] x", "byte 7 is no JSON (Extra data after the list)"),
-        (b"[1, 2][3]", "byte 6 is no JSON (Extra data after the list)"),
-        (b"[1, 2]" + b" " * 10 + b"\0", "byte 16 is no JSON (Extra data after the list)"),
-        (b"[1, 2}", "byte 5 is no JSON (the list ends with a wrong bracket)"),
-        (b"[[1}, 2]", "byte 3 is no JSON (Expecting ',' delimiter)"),
-        (b'[{"id": 1},\n{"id": 2}\n', "byte 22 is no JSON (the list does not end); the file is cut off"),
-        (b'[{"id": 1},\n{"id": "ab', "byte 19 is no JSON (Unterminated string starting at)"),
-        (b'[{"id": 1, {"id": 2}]', "byte 11 is no JSON (Expecting property name enclosed in double quotes)"),
-        (b"[" * 100_000, "byte 100000 is no JSON (the list does not end); the file is cut off"),
+        (b'[{"id": 1},\n {"id" 2}]', "line 2 column 8 (byte 19) is no JSON (Expecting ':' delimiter)"),
+        ('[{"é": 1},\n {"é" 2}]'.encode(), "line 2 column 7 (byte 19) is no JSON (Expecting ':' delimiter)"),
+        (b'["\xff", {"id" 2}]', "line 1 column 13 (byte 12) is no JSON (Expecting ':' delimiter)"),
+        (b'[{"\xff\xe9\xe9": "a" 2}]', "line 1 column 14 (byte 13) is no JSON (Expecting ',' delimiter)"),
+        (b'[\n\n"caf\n"]', "line 3 column 5 (byte 7) is no JSON (Invalid control character at)"),
+        (b"[1,]", "line 1 column 4 (byte 3) is no JSON (Expecting value)"),
+        (b"[,1]", "line 1 column 2 (byte 1) is no JSON (Expecting value)"),
+        (b"[1 2]", "line 1 column 4 (byte 3) is no JSON (Extra data)"),
+        (b"[1, 2] x", "line 1 column 8 (byte 7) is no JSON (Extra data after the list)"),
+        (b"[1, 2][3]", "line 1 column 7 (byte 6) is no JSON (Extra data after the list)"),
+        (b"[1, 2]" + b" " * 10 + b"\0", "line 1 column 17 (byte 16) is no JSON (Extra data after the list)"),
+        (b"[1, 2}", "line 1 column 6 (byte 5) is no JSON (the list ends with a wrong bracket)"),
+        (b"[[1}, 2]", "line 1 column 4 (byte 3) is no JSON (Expecting ',' delimiter)"),
+        (
+            b'[{"id": 1},\n{"id": 2}\n',
+            "line 3 column 1 (byte 22) is no JSON (the list does not end); the file is cut off",
+        ),
+        (b'[{"id": 1},\n{"id": "ab', "line 2 column 8 (byte 19) is no JSON (Unterminated string starting at)"),
+        (
+            b'[{"id": 1, {"id": 2}]',
+            "line 1 column 12 (byte 11) is no JSON (Expecting property name enclosed in double quotes)",
+        ),
+        (b"[" * 100_000, "line 1 column 100001 (byte 100000) is no JSON (the list does not end); the file is cut off"),
         (b"{}\nx", None),
         (b'{\n "id": 1\n}', "holds an object; it must hold a list of rows, or one row a line"),
-        (b'{"a" 1}', "byte 5 is no JSON (Expecting ':' delimiter)"),
+        (b'{"images": []}\n', "holds an object; it must hold a list of rows, or one row a line"),
+        (b'{"images": []}\n{"images": []}\n', None),
+        (b'{"a" 1}', "line 1 column 6 (byte 5) is no JSON (Expecting ':' delimiter)"),
         (b'"rows"', "must hold a list of rows, or one row a line"),
         (b"null", "must hold a list of rows, or one row a line"),
-        (b"id,text\n", "byte 0 is no JSON (Expecting value)"),
-        (b"\xff\xfe[\0]\0", "byte 0 is no JSON (Expecting value)"),
+        (b"id,text\n", "line 1 column 1 (byte 0) is no JSON (Expecting value)"),
+        (b"\xff\xfe[\0]\0", "line 1 column 1 (byte 0) is no JSON (Expecting value)"),
     ],
 )
 def test_a_file_that_is_no_json(tmp_path, cache, content, message):
@@ -243,6 +251,16 @@ def test_a_file_that_is_no_json(tmp_path, cache, content, message):
         assert len(JsonRows(path, cache)) == 2
     else:
         assert refused(path, cache) == message
+
+
+@pytest.mark.parametrize("piece", [1, 3, 2**20])
+def test_line_and_column_are_those_of_python(tmp_path, cache, monkeypatch, piece):
+    monkeypatch.setattr(json_index, "_PIECE", piece)
+    text = '[{"é": "🙂"},\n\n {"語": 1}, {"🙂é" 2}]'
+    with pytest.raises(json.JSONDecodeError) as error:
+        json.loads(text)
+    where = f"line {error.value.lineno} column {error.value.colno} (byte {len(text[: error.value.pos].encode())})"
+    assert refused(write(tmp_path / "rows.json", text.encode()), cache).startswith(f"{where} is no JSON")
 
 
 BAD_ROWS = [
@@ -292,7 +310,10 @@ def test_a_row_that_is_too_long_is_not_read(tmp_path, cache, kind, monkeypatch):
     with pytest.raises(BadRow, match=r"^has 2,009 bytes, more than 1,000$"):
         opened.raw(1)
     with_open_end = write(tmp_path / "open.json", b'[{"id": 0}, {"a": "' + b"x" * 5000)
-    assert refused(with_open_end, cache) == "byte 5019 is no JSON (the list does not end); the file is cut off"
+    assert (
+        refused(with_open_end, cache)
+        == "line 1 column 5020 (byte 5019) is no JSON (the list does not end); the file is cut off"
+    )
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_file_that_is_no_llava_json(source, tmp_path):
     (tmp_path / "bad.json").write_text("[\n,]")
     with pytest.raises(UserError) as error:
         make_sources([source(5), SourceConfig(json=str(tmp_path / "bad.json"))], seed=0, shuffle=True)
-    assert str(error.value) == f"{tmp_path}/bad.json: byte 2 is no JSON (Expecting value)"
+    assert str(error.value) == f"{tmp_path}/bad.json: line 2 column 1 (byte 2) is no JSON (Expecting value)"
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

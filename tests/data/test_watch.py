@@ -35,7 +35,7 @@ SIGNAL_A_WORKER = """
     if __name__ == "__main__":
         name, number, timeout, *overrides = sys.argv[1:]
         config = load_config(None, overrides)
-        sources = Sources(config.data.train, 0, shuffle=True)
+        sources = Sources(config.data, "train", 0, shuffle=True)
         stream = batches(sources, config, Tokenizer.from_file(config.model.tokenizer), 0, 800)
         board = Path(stream.board.path)
         for _ in range(4):

@@ -50,7 +50,7 @@ CHANGES = {
     "llama": {},
     "llama_tied": {"tie_embeddings": True},
     "llama_head_dim": {"head_dim": 6, "num_kv_heads": 4},
-    "llama_biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "llama_biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "attention_dropout": 0.1},
     "llama_linear": {"rope_scaling": "linear", "rope_factor": 2.5},
     "llama_dynamic": {"rope_scaling": "dynamic", "rope_factor": 3.0, "rope_original_length": 8},
     "llama3": {

@@ -11,7 +11,8 @@ Read in vLLM 0.33.0 (the newest release in November 2026), in vllm/:
   model_executor/model_loader/weight_utils.py     files that the index does not name are left out
   transformers_utils/processor.py, config.py      both are transformers' own, found by `processor_class`, `model_type`
   renderers/hf.py                                 the processor's chat template; images stay parts of a message only if
-                                                  the template loops over a message's content
+                                                  the template loops over a message's content, of messages that it finds
+                                                  through assignments
 """
 
 import json
@@ -266,15 +267,33 @@ def check_processor(folder, config) -> None:
         assert ids.count(config.image_token_index) == tokens_per_image(config, width, height)
 
 
+def variable(node) -> str | None:
+    """The variable that an expression is, or is filtered or cut from."""
+    cuts = isinstance(node, jinja2.nodes.Getitem) and isinstance(node.arg, jinja2.nodes.Slice)
+    if cuts or isinstance(node, jinja2.nodes.Filter):
+        return variable(node.node)
+    return node.name if isinstance(node, jinja2.nodes.Name) else None
+
+
+def names_of_messages(tree) -> set[str]:
+    """`messages`, and what is assigned from it. It goes by the names alone: scopes and macros mean nothing to it."""
+    names, before = {"messages"}, set()
+    while names != before:
+        before = set(names)
+        names |= {set_.target.name for set_ in tree.find_all(jinja2.nodes.Assign) if variable(set_.node) in before}
+    return names
+
+
 def check_chat_template(folder) -> None:
     """A loop over `message.content`, so that an image arrives as a part; one `<image>` comes out for each."""
     text = (folder / "chat_template.jinja").read_text()
     assert transformers.AutoProcessor.from_pretrained(folder).chat_template == text
     tree = jinja2.Environment().parse(text)
     loops = list(tree.find_all(jinja2.nodes.For))
-    of_messages = [loop.target.name for loop in loops if getattr(loop.iter, "name", None) == "messages"]
+    messages = names_of_messages(tree)
+    of_messages = [loop.target.name for loop in loops if variable(loop.iter) in messages]
     of_content = [loop for loop in loops if isinstance(loop.iter, jinja2.nodes.Getattr) and loop.iter.attr == "content"]
-    assert any(loop.iter.node.name in of_messages for loop in of_content)
+    assert any(variable(loop.iter.node) in of_messages for loop in of_content)
     parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
     rendered = jinja2.Template(text).render(
         messages=[{"role": "user", "content": parts}], add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
