@@ -33,6 +33,7 @@ from neva_jax.training.setup import (
     initialise_optimizer,
     initialise_parameters,
     saved_components,
+    split_moments,
     starting_weights,
     with_vocabulary,
 )
@@ -77,7 +78,10 @@ def run(config: Config) -> int:
     trained, frozen = trained_components(config.model), frozen_components(config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    abstract_moments = abstract_optimizer(optimizer, {name: abstract[name] for name in trained}, mesh)
+    abstract_trained = {name: abstract[name] for name in trained}
+    abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
+    if config.mesh.zero1:
+        optimizer = split_moments(optimizer, abstract_trained)
     run_dir = Path(config.run.dir)
     resumed = resumed_meta(config, tokenizer, run_dir)
     start = 0 if resumed is None else resumed.step

@@ -16,7 +16,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model, random_parameters
-from neva_jax.parallel.mesh import replicated, shardings
+from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision.policy import frozen_dtype
 from neva_jax.training.checkpoint import available_components, check_compatible, load_components, locate, read_meta
 
@@ -49,7 +49,7 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
       UserError: a dimension that the mesh does not divide.
     """
     remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
-    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll)
+    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll, config.mesh)
     layout = shardings(mesh, state)
     trained = trained_components(config.model)
 
@@ -60,12 +60,36 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
     return graphdef, jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state), layout)
 
 
-def abstract_optimizer(optimizer: optax.GradientTransformation, trained: Parameters, mesh: Mesh) -> optax.OptState:
-    """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere."""
+def split_moments(optimizer: optax.GradientTransformation, trained: Parameters) -> optax.GradientTransformation:
+    """The optimizer with its work split over `data` (ZeRO-1): each device updates only what its moments are for.
+
+    Gradients are reduced onto the shards of the moments, and updates gathered onto those of the parameters.
+    """
+    finer = jax.tree.map(zero1_sharding, trained)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, trained)
+
+    def update(grads: Parameters, state: optax.OptState, params: Parameters) -> tuple[Parameters, optax.OptState]:
+        grads, params = (jax.lax.with_sharding_constraint(tree, finer) for tree in (grads, params))
+        updates, state = optimizer.update(grads, state, params)
+        state = optax.tree_utils.tree_map_params(optimizer, jax.lax.with_sharding_constraint, state, finer)
+        return jax.lax.with_sharding_constraint(updates, layout), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def abstract_optimizer(
+    optimizer: optax.GradientTransformation, trained: Parameters, mesh: Mesh, zero1: bool = False
+) -> optax.OptState:
+    """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere.
+
+    With `zero1` moments are split over `data` too (see `split_moments`).
+    """
     state = jax.eval_shape(optimizer.init, trained)
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        lambda leaf, param: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=zero1_sharding(param) if zero1 else param.sharding
+        ),
         state,
         trained,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
