@@ -32,8 +32,8 @@ from neva_jax.training.setup import (
     abstract_parameters,
     initialise_optimizer,
     initialise_parameters,
+    place_updates,
     saved_components,
-    split_moments,
     starting_weights,
     with_vocabulary,
 )
@@ -80,8 +80,7 @@ def run(config: Config) -> int:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract_trained = {name: abstract[name] for name in trained}
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
-    if config.mesh.zero1:
-        optimizer = split_moments(optimizer, abstract_trained)
+    optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
     resumed = resumed_meta(config, tokenizer, run_dir)
     start = 0 if resumed is None else resumed.step

@@ -12,7 +12,7 @@ only sums and maxima over it travel, never logits.
     B rows, T tokens, D hidden size, V vocabulary, C positions per chunk, N chunks, R groups of rows.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,19 @@ import jax.numpy as jnp
 from neva_jax.parallel.mesh import constrain, copy_for_each, ways
 
 
-class Head(Protocol):
-    """What the loss needs of a language model."""
-
-    def output_kernel(self) -> jax.Array:
-        """The output head [D, V]."""
-        ...
-
-    def logits(self, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Hidden [R, ..., D] and as many copies of the head [R, D, V] -> logits [R, ..., V] f32."""
-        ...
-
-
-def weighted_nll(head: Head, hidden: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+def weighted_nll(
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    kernel: jax.Array,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+) -> jax.Array:
     """Sum over all positions of weight * -log p(target).
 
     Args:
-      head: has the output head, and makes logits of hidden states with it.
+      logits: hidden [R, B / R, C, D] and as many copies of the kernel [R, D, V] -> logits [R, B / R, C, V] f32.
+      kernel: [D, V], the output head.
       hidden: [B, T, D]; targets: [B, T] i32; weights: [B, T] f32.
       chunk: C, positions per row whose logits exist at a time.
 
@@ -47,7 +43,7 @@ def weighted_nll(head: Head, hidden: jax.Array, targets: jax.Array, weights: jax
     chunk, groups = min(chunk, t), ways("batch")
     order = jnp.argsort(weights == 0, axis=1, stable=True)  # labelled positions first
     pad = -t % chunk
-    kernel = copy_for_each(head.output_kernel(), "batch", None, "vocab")
+    copies = copy_for_each(kernel, "batch", None, "vocab")
     hidden = constrain(hidden, "batch", "length", "features")
 
     def chunked(x: jax.Array) -> jax.Array:
@@ -58,9 +54,9 @@ def weighted_nll(head: Head, hidden: jax.Array, targets: jax.Array, weights: jax
         return constrain(jnp.moveaxis(x, 2, 0), None, "batch", *(None,) * (x.ndim - 2))
 
     @jax.checkpoint
-    def chunk_nll(kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def chunk_nll(copies: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         """-> [R], the sum of each group."""
-        scores = constrain(head.logits(hidden, kernel), "batch", None, None, "vocab")
+        scores = constrain(logits(hidden, copies), "batch", None, None, "vocab")
         # Not a gather: each device looks for the target among its own part of the vocabulary.
         is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
         picked = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
@@ -69,7 +65,7 @@ def weighted_nll(head: Head, hidden: jax.Array, targets: jax.Array, weights: jax
     def body(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         labelled, *arrays = xs
         nothing = jnp.zeros_like(total)
-        return total + jax.lax.cond(labelled, chunk_nll, lambda *_: nothing, kernel, *arrays), None
+        return total + jax.lax.cond(labelled, chunk_nll, lambda *_: nothing, copies, *arrays), None
 
     arrays = (chunked(hidden), chunked(targets), chunked(weights))
     labelled = jnp.any(arrays[2] != 0, axis=(1, 2, 3))

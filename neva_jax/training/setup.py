@@ -60,19 +60,24 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
     return graphdef, jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state), layout)
 
 
-def split_moments(optimizer: optax.GradientTransformation, trained: Parameters) -> optax.GradientTransformation:
-    """The optimizer with its work split over `data` (ZeRO-1): each device updates only what its moments are for.
+def place_updates(
+    optimizer: optax.GradientTransformation, trained: Parameters, zero1: bool
+) -> optax.GradientTransformation:
+    """The optimizer with its place on the mesh: gradients are reduced onto the shards of the moments and no further.
 
-    Gradients are reduced onto the shards of the moments, and updates gathered onto those of the parameters.
+    With `zero1` the moments are split over `data` too: each device updates only its part of a parameter, and the
+    updates are gathered onto the parameters' shards. The numbers stay the same.
+
+    Args:
+      trained: shapes and shardings of the parameters.
     """
-    finer = jax.tree.map(zero1_sharding, trained)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    ours = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    finer = jax.tree.map(zero1_sharding, trained) if zero1 else ours
+    place = jax.lax.with_sharding_constraint
 
     def update(grads: Parameters, state: optax.OptState, params: Parameters) -> tuple[Parameters, optax.OptState]:
-        grads, params = (jax.lax.with_sharding_constraint(tree, finer) for tree in (grads, params))
-        updates, state = optimizer.update(grads, state, params)
-        state = optax.tree_utils.tree_map_params(optimizer, jax.lax.with_sharding_constraint, state, finer)
-        return jax.lax.with_sharding_constraint(updates, layout), state
+        updates, state = optimizer.update(place(grads, finer), state, place(params, finer))
+        return place(updates, ours), optax.tree_utils.tree_map_params(optimizer, place, state, finer)
 
     return optax.GradientTransformation(optimizer.init, update)
 
@@ -82,7 +87,7 @@ def abstract_optimizer(
 ) -> optax.OptState:
     """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere.
 
-    With `zero1` moments are split over `data` too (see `split_moments`).
+    With `zero1` moments are split over `data` too (see `place_updates`).
     """
     state = jax.eval_shape(optimizer.init, trained)
     return optax.tree_utils.tree_map_params(

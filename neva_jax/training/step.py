@@ -31,7 +31,8 @@ def batch_nll(graphdef: nnx.GraphDef, params: Parameters, micro: Arrays, chunk: 
     """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32."""
     model = nnx.merge(graphdef, params)
     hidden, _ = model(micro)
-    return weighted_nll(model.llm, hidden, micro["targets"], micro["loss_weights"], chunk)
+    kernel = model.llm.output_kernel()
+    return weighted_nll(model.llm.logits, kernel, hidden, micro["targets"], micro["loss_weights"], chunk)
 
 
 def gradients(

@@ -1,7 +1,7 @@
 """The collectives of a compiled program, read from its HLO text: kind, mesh axes, bytes, and how often each runs.
 
-A collective inside a loop is counted once per iteration where XLA knows the trip count; of the branches of a conditional all
-are counted, so a count is an upper bound.
+A collective inside a loop is counted once per iteration where XLA knows the trip count; all branches of a
+conditional are counted, so a count is an upper bound.
 """
 
 import itertools
@@ -110,14 +110,10 @@ def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _groups(line: str, mesh: Mesh) -> set[frozenset[int]] | None:
-    if match := re.search(r"replica_groups=(?:@?\w+)?\[((?:'\w+'=\d+,?)+)\] \{([^}]*)\}", line):
-        return _named_groups(match[1], match[2])
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source = ([int(n) for n in match[i].split(",")] for i in (1, 2))
-        ids = np.arange(prod(source)).reshape(source)
-        if match[3]:
-            ids = ids.transpose([int(n) for n in match[3].split(",")])
-        return {frozenset(row) for row in ids.reshape(shape).tolist()}
+    if match := re.search(r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\(([^ ]+)\))? \{([^}]*)\}", line):
+        return _named_groups(match[1], match[2], match[3])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        return {frozenset(row) for row in _ids(match[2]).reshape([int(n) for n in match[1].split(",")]).tolist()}
     if match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return {frozenset(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", match[1])}
     if re.search(r"replica_groups=\{\}", line):
@@ -125,8 +121,16 @@ def _groups(line: str, mesh: Mesh) -> set[frozenset[int]] | None:
     return None
 
 
-def _named_groups(sizes: str, axes: str) -> set[frozenset[int]]:
-    """`'a'=2,'b'=4` and `'a','b':(1)2` (the first 2 of b's 4) -> the groups of devices."""
+def _ids(order: str) -> np.ndarray:
+    """`[2,4]T(1,0)` -> device numbers in this order."""
+    shape, _, axes = order.partition("T")
+    sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    ids = np.arange(prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in re.findall(r"\d+", axes)]) if axes else ids
+
+
+def _named_groups(sizes: str, order: str | None, axes: str) -> set[frozenset[int]]:
+    """`'a'=2,'b'=4`, perhaps `[2,4]T(1,0)`, and `'a','b':(1)2` (the first 2 of b's 4) -> the groups of devices."""
     wanted: dict[str, tuple[int, int]] = {}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
         wanted[name] = (int(before or 1), int(size or 0))
@@ -137,7 +141,7 @@ def _named_groups(sizes: str, axes: str) -> set[frozenset[int]]:
         if name in wanted:
             inner.append(len(shape) + 1)
         shape += [before, size, int(text) // before // size]
-    ids = np.arange(prod(shape)).reshape(shape)
+    ids = (np.arange(prod(shape)) if order is None else _ids(order)).reshape(shape)
     outer = [i for i in range(len(shape)) if i not in inner]
     rows = ids.transpose(*outer, *inner).reshape(-1, prod(shape[i] for i in inner))
     return {frozenset(row) for row in rows.tolist()}
