@@ -187,8 +187,9 @@ class Llama(nnx.Module):
         """tokens [B, T] i32 -> [B, T, D] in the compute dtype."""
         # The table is split over fsdp by its columns, and looked up where it lies: only rows that are wanted travel.
         tokens = constrain(tokens, "rows", "length")
-        x = constrain(jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0), "rows", "length", "embed")
-        return constrain(x, *self.stream)
+        table = constrain(self.embedding[...].astype(self.dtype), "vocab", "embed")
+        x = constrain(jnp.take(table, tokens, axis=0), "rows", "length", "embed")
+        return constrain(x, "batch", "length", "features")
 
     def __call__(
         self,

@@ -93,7 +93,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes that the groups of a collective span; ("?",) where they are none's."""
+    """The mesh axes that the groups of a collective span; "part of" an axis, or ("?",)."""
     groups = _groups(line, mesh)
     if groups is None:
         return ("?",)
@@ -104,8 +104,11 @@ def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
             inner = [mesh.axis_names.index(name) for name in axes]
             outer = [i for i in range(ids.ndim) if i not in inner]
             rows = ids.transpose(*outer, *inner).reshape(-1, prod(ids.shape[i] for i in inner))
-            if {frozenset(row) for row in rows.tolist()} == groups:
+            whole = {frozenset(row) for row in rows.tolist()}
+            if whole == groups:
                 return axes
+            if count == 1 and all(any(group < row for row in whole) for group in groups):
+                return (f"part of {axes[0]}",)
     return ("?",)
 
 

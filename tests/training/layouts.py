@@ -24,12 +24,11 @@ from neva_jax.config import (
     parse_mesh_shape,
     trained_components,
 )
-from neva_jax.parallel.mesh import make_mesh, place_batch, replicated
+from neva_jax.parallel.mesh import make_mesh, one_device_mesh, place_batch, replicated
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
-    initialise_optimizer,
     initialise_parameters,
     place_updates,
 )
@@ -147,11 +146,22 @@ def batch(number: int) -> dict[str, np.ndarray]:
     return arrays
 
 
+@cache
+def starting_parameters() -> dict:
+    """Random parameters on the host."""
+    config, mesh = Layout("data=1").config, one_device_mesh()
+    params = initialise_parameters(config, abstract_parameters(config, mesh)[1], {}, lambda _: None)
+    return jax.tree.map(np.asarray, params)
+
+
 def fresh(run: Run) -> tuple[dict, tuple]:
     """(parameters, moments) at the start of a run."""
-    with jax.set_mesh(run.mesh):
-        params = initialise_parameters(run.layout.config, run.params, {}, lambda _: None)
-        return params, initialise_optimizer(run.optimizer, run.split(params)[0], run.moments)
+
+    def put(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.array(array, leaf.dtype), leaf.sharding)
+
+    params = jax.tree.map(put, starting_parameters(), run.params)
+    return params, jax.tree.map(lambda leaf: put(np.zeros(leaf.shape), leaf), run.moments)
 
 
 def advance(run: Run, params: dict, moments: tuple, start: int, stop: int) -> tuple[dict, tuple, list[float]]:

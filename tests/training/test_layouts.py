@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from neva_jax.training.checkpoint import Checkpoints, Meta
-from tests.training.layouts import ROWS, STEPS, Layout, advance, fresh, prepare
+from tests.training.layouts import ROWS, STEPS, Layout, advance, fresh, prepare, starting_parameters
 
 LAYOUTS = [
     Layout("data=8"),
@@ -55,7 +55,7 @@ def test_twenty_steps_are_the_same_on_every_layout(layout):
     reference, expected = trained(Layout("data=1", layout.stage))
     params, losses = trained(layout)
     assert losses == pytest.approx(expected, rel=1e-5)
-    assert expected[-1] < 0.95 * expected[0]  # it learns
+    assert min(relative_errors(reference["projector"], starting_parameters()["projector"]).values()) > 0.01
     errors = relative_errors(params, reference)
     assert max(errors.values()) < 1e-5, max(errors, key=errors.get)
 
