@@ -133,11 +133,17 @@ def initialise_parameters(
     params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
     if missing:
         say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
-        params |= _random({name: abstract[name] for name in missing}, config)
+        initialise = random_initialiser({name: abstract[name] for name in missing}, config)
+        params |= initialise(jax.random.key(config.run.seed))
     return {name: params[name] for name in COMPONENTS}
 
 
-def _random(abstract: Parameters, config: Config) -> Parameters:
+def random_initialiser(abstract: Parameters, config: Config) -> jax.stages.Wrapped:
+    """A compiled function: key -> random parameters of the components of `abstract`, made on their shards.
+
+    Each device draws its own shards alone: JAX's random bits are a function of an element's place.
+    """
+
     def initialise(rng: jax.Array) -> Parameters:
         params = random_parameters(config.model, config.precision, rng)
         return jax.tree.map(lambda shape, p: p.astype(shape.dtype), abstract, {name: params[name] for name in abstract})
@@ -145,7 +151,7 @@ def _random(abstract: Parameters, config: Config) -> Parameters:
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Runs once: unoptimised code compiles in a quarter of the time, and the values are the same.
     quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(initialise, out_shardings=layout, compiler_options=quickly)(jax.random.key(config.run.seed))
+    return jax.jit(initialise, out_shardings=layout, compiler_options=quickly)
 
 
 def initialise_optimizer(
