@@ -117,14 +117,15 @@ class Block(nnx.Module):
         """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens)."""
         dtype, config, window = x.dtype, self.config, self.config.sliding_window
 
-        def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
-            y = jnp.einsum(equation, x, weight(name))
-            return y + weight(f"{name}_bias") if biased else y
-
         def weight(name: str) -> jax.Array:
             variable = getattr(self, name)
             value, axes = variable[...].astype(dtype), variable.get_metadata()["axes"][-variable[...].ndim :]
+            # A cache holds each head once.
             return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and cache is None else value
+
+        def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
+            y = jnp.einsum(equation, x, weight(name))
+            return y + weight(f"{name}_bias") if biased else y
 
         with jax.named_scope("attention"):
             y = constrain(self.attention_norm(x), "batch", "length", "features")

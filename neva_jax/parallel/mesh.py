@@ -90,9 +90,14 @@ def _mesh_axes(axis: str) -> str | tuple[str, ...] | None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler where an activation lives; does nothing where no mesh is set (`jax.set_mesh`)."""
+    """Tells the compiler where an activation lives; does nothing where no mesh is set (`jax.set_mesh`).
+
+    A dimension of `GROUPED` that is shorter than its mesh axis stays whole.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    whole = [axis in GROUPED and size % ways(axis) for axis, size in zip(axes, x.shape, strict=True)]
+    axes = tuple(None if short else axis for axis, short in zip(axes, whole, strict=True))
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 

@@ -59,7 +59,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=3, weight_decay=0
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh, its settings, what is trained, and how many micro batches make a step."""
+    """A mesh, its settings, what is trained, and how many micro batches make a step.
+
+    Stages: `pretrain` trains the projector, `finetune` the language model too, `all` everything.
+    """
 
     shape: str
     stage: str = "finetune"
@@ -83,9 +86,10 @@ class Layout:
     def config(self) -> Config:
         """The configuration of a run on this layout."""
         llm = dataclasses.replace(MODEL.llm, freeze=self.stage == "pretrain")
+        vision = dataclasses.replace(MODEL.vision, freeze=self.stage != "all")
         groups = self.sizes["data"] * self.sizes["fsdp"]
         return Config(
-            model=dataclasses.replace(MODEL, llm=llm),
+            model=dataclasses.replace(MODEL, llm=llm, vision=vision),
             data=DataConfig(max_length=LENGTH),
             mesh=MeshConfig(self.shape, self.sequence_parallel, self.zero1, self.vision_tensor),
             precision=PrecisionConfig(compute="fp32"),

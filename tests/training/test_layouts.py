@@ -24,6 +24,7 @@ LAYOUTS = [
     Layout("fsdp=8", "pretrain"),
     Layout("tensor=8", "pretrain", sequence_parallel=True),
     Layout("data=2,fsdp=2,tensor=2", "pretrain", accumulate=2, zero1=True),
+    Layout("data=2,fsdp=2,tensor=2", "all"),
 ]
 
 
