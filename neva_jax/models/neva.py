@@ -56,7 +56,7 @@ class Neva(nnx.Module):
         text = self.llm.embed(tokens)
         features = self.image_features(images)
         spliced = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        x = jnp.where(image_slots[:, :, None] >= 0, spliced, text)
+        x = constrain(jnp.where(image_slots[:, :, None] >= 0, spliced, text), "batch", "length", "features")
         if not self.projector.has_newline:
             return x
         return jnp.where(image_slots[:, :, None] == NEWLINE_SLOT, self.projector.newline[...].astype(x.dtype), x)
