@@ -54,9 +54,9 @@ Axes = Sequence[str | None]
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over all devices (or those given), which the compiler may partition."""
+    """A mesh with the axes data, fsdp, tensor over the first devices (of those given); the compiler may partition."""
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    ordered = in_order(jax.devices() if devices is None else devices)
+    ordered = in_order(jax.devices() if devices is None else devices)[: math.prod(shape)]
     return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
