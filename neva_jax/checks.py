@@ -30,11 +30,20 @@ def check(config: Config) -> None:
     for name in ("run.dir", "model.tokenizer", "data.train"):
         if not _get(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
+    check_numbers(config)
+    _check_files(config)
+
+
+def check_numbers(config: Config) -> None:
+    """`check` without files: what a plan needs, which nobody has to have data for.
+
+    Raises:
+      UserError: one line that names the key and quotes the numbers.
+    """
     check_ranges(config)
     _check_model(config.model)
     _check_images(config)
     _check_training(config)
-    _check_files(config)
 
 
 def check_mesh(config: Config, sizes: dict[str, int]) -> int:
