@@ -18,8 +18,11 @@ from neva_jax.training.step import TrainState, make_train_step
 
 @dataclass(frozen=True)
 class Compiled:
-    """`compiled.memory_analysis()` in bytes per device: the step's arguments, results that take no argument's place, and
-    temporary buffers (kept activations and gradients included)."""
+    """`compiled.memory_analysis()` in bytes per device.
+
+    arguments of the step, results that take no argument's place, and temporary buffers: kept activations and gradients
+    are among these.
+    """
 
     arguments: int
     results: int

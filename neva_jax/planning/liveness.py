@@ -70,7 +70,7 @@ def peak_bytes(closed: ClosedJaxpr) -> Peak:
     """Most bytes that the program holds at once, its results included and its inputs not."""
     program, _, results = _flatten(closed.jaxpr)
     inside = max(map(_inner, _without_dead(program.lines, set(results))), default=0)
-    return Peak(_peak(closed.jaxpr, fused_inputs=frozenset(), free_outputs=frozenset()), inside)
+    return Peak(_peak(closed.jaxpr, fused_inputs=frozenset()), inside)
 
 
 def _flatten(jaxpr: Jaxpr) -> tuple[_Program, list[int], list[int]]:
@@ -101,9 +101,11 @@ def _flatten(jaxpr: Jaxpr) -> tuple[_Program, list[int], list[int]]:
     return program, inputs, run(jaxpr, inputs)
 
 
-def _peak(jaxpr: Jaxpr, fused_inputs: frozenset[int], free_outputs: frozenset[int]) -> int:
-    """As `peak_bytes`; inputs at the positions `fused_inputs` are slices that a strict reader has to write down, results
-    at the positions `free_outputs` are written into the caller's buffers."""
+def _peak(jaxpr: Jaxpr, fused_inputs: frozenset[int]) -> int:
+    """The most bytes that a program, or the body of a loop, holds.
+
+    fused_inputs: positions of inputs that are slices, which are written down where a line of `_STRICT` reads them.
+    """
     program, inputs, results = _flatten(jaxpr)
     lines = _without_dead(program.lines, set(results))
     slices = {inputs[i] for i in fused_inputs}
@@ -130,9 +132,8 @@ def _peak(jaxpr: Jaxpr, fused_inputs: frozenset[int], free_outputs: frozenset[in
     for value in results:
         for source in roots.get(value, frozenset()):
             end[source] = last
-    handed = {root for i in free_outputs for root in roots.get(results[i], frozenset())}
 
-    return _sweep(program, lines, written, alias, slices, end, handed)
+    return _sweep(program, lines, written, alias, slices, end)
 
 
 def _sweep(
@@ -142,13 +143,12 @@ def _sweep(
     alias: dict[int, int],
     slices: set[int],
     end: dict[int, int],
-    handed: set[int],
 ) -> int:
     """Walks the lines with the set of live buffers; returns the most bytes held."""
     ending: dict[int, list[int]] = {}
     for value, index in end.items():
         ending.setdefault(index, []).append(value)
-    started = {value: None for value in slices & written}
+    started = dict.fromkeys(slices & written)
     held: dict[int, int] = {}
     total = most = 0
 
@@ -196,12 +196,12 @@ def _inner(line: _Line) -> int:
         consts, carry = line.params["num_consts"], line.params["num_carry"]
         body: Jaxpr = line.params["jaxpr"].jaxpr
         sliced = frozenset(range(consts + carry, len(body.invars)))
-        peak = _peak(body, sliced, frozenset(range(carry)))
+        peak = _peak(body, sliced)
         return peak * min(int(line.params["unroll"]), int(line.params["length"]))
     if line.name == "cond":
-        return max(_peak(branch.jaxpr, frozenset(), frozenset()) for branch in line.params["branches"])
+        return max(_peak(branch.jaxpr, frozenset()) for branch in line.params["branches"])
     if line.name == "while":
-        return _peak(line.params["body_jaxpr"].jaxpr, frozenset(), frozenset())
+        return _peak(line.params["body_jaxpr"].jaxpr, frozenset())
     return 0
 
 

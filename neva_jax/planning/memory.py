@@ -31,7 +31,7 @@ from neva_jax.planning.trace import (
     traced,
 )
 from neva_jax.training.optimizer import make_optimizer
-from neva_jax.training.setup import abstract_optimizer, abstract_parameters
+from neva_jax.training.setup import Parameters, abstract_optimizer, abstract_parameters
 
 GIB = 2**30
 
@@ -61,13 +61,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A configuration on a mesh: `memory` per device, and what it was computed from."""
+    """A configuration on a mesh: `memory` per device, and what it was computed from.
+
+    backend: of attention. layout: each parameter's shape, dtype and sharding.
+    largest_kept: (shape, dtype, bytes) of what the forward pass keeps, before fsdp and sequence parallelism.
+    """
 
     config: Config
     sizes: dict[str, int]
     accumulate: int
     backend: str
-    parameters: dict[str, int]
+    layout: Parameters
     memory: Memory
     largest_kept: tuple[tuple[tuple[int, ...], str, int], ...]
 
@@ -106,8 +110,7 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
         gradients=gradients,
         temporary=peak - kept - gradients,
     )
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in parameters.items()}
-    return Estimate(config, sizes, accumulate, backend, counts, memory, program.kept[:12])
+    return Estimate(config, sizes, accumulate, backend, parameters, memory, program.kept[:12])
 
 
 def local_bytes(tree: Any) -> int:
@@ -148,9 +151,9 @@ class _Share:
         return self.program.peak.total - self.program.gradients - self._spared()
 
 
-def mesh_setting(config: Config, name: str) -> bool:
-    """A switch of the section `mesh`; false where this version has none of that name."""
-    return bool(getattr(config.mesh, name, False))
+def mesh_setting(config: Config, name: str, absent: bool = False) -> bool:
+    """A switch of the section `mesh`; `absent` where this version has none of that name."""
+    return bool(getattr(config.mesh, name, absent))
 
 
 def _traced_part(config: Config) -> Config:

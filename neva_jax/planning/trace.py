@@ -61,7 +61,7 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def attention_backend(config: Config) -> str:
-    """The attention kernel on an NVIDIA GPU from Ampere on, whatever machine plans (models.attention.choose_backend)."""
+    """What `models.attention.choose_backend` takes on an NVIDIA GPU from Ampere on, whatever machine plans."""
     width = head_dim(config.model.llm)
     fits = compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
     if config.model.attention == "auto":
@@ -145,9 +145,8 @@ def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Par
         shape = tuple(leaf.shape)
         # The encoder's width must stay a multiple of its heads: they are cut here, not in the configuration.
         if tensor > 1 and path[0].key == "vision":
-            shape = tuple(
-                n // tensor if axis == "heads" else n for n, axis in zip(shape, _axes(state, path), strict=True)
-            )
+            named = zip(shape, _axes(state, path), strict=True)
+            shape = tuple(n // tensor if axis == "heads" else n for n, axis in named)
         return jax.ShapeDtypeStruct(shape, dtype)
 
     params = jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state))
