@@ -52,7 +52,12 @@ def sweep(config: Any, devices: int, machine: Machine) -> list[Layout]:
                 found.append(Layout(sizes, None, None, str(error)))
                 continue
             found.append(Layout(sizes, plan, predict(plan, machine), ""))
-    return sorted(found, key=lambda layout: layout.speed.seconds if layout.speed else math.inf)
+    return sorted(found, key=_rank)
+
+
+def _rank(layout: Layout) -> tuple[float, float]:
+    """Fastest first; of equals, the one that sends least."""
+    return (math.inf, 0.0) if layout.speed is None else (layout.speed.seconds, layout.speed.overlapped)
 
 
 def _divisors(number: int) -> list[int]:
