@@ -97,7 +97,7 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
 
     backend = "xla" if platform == "cpu" else attention_backend(config)
     program = _traced(_traced_part(config), sizes["tensor"], backend)
-    share = _Share(config, sizes, program, local_bytes(trained))
+    share = _Share(config, sizes, program)
     kept, gradients = share.kept(), local_bytes(trained) * min(accumulate, 2)
     updates = 2 * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
@@ -130,7 +130,6 @@ class _Share:
     config: Config
     sizes: dict[str, int]
     program: Traced
-    gradients: int
 
     def _spared(self) -> int:
         fsdp = self.sizes["fsdp"]
