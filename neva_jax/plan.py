@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    if sum((options.compile, options.layers is not None, options.sweep is not None)) > 1:
+        raise UserError("--compile, --layers and --sweep are plans of different kinds; give one of them")
     machine = Machine(
         flops=(options.tflops or default_rate(config)) * 1e12,
         nvlink=options.nvlink_gbs * 1e9,

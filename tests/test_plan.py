@@ -155,6 +155,7 @@ def test_compiled_beside_the_estimate(planned):
         (["--layers", "8,many"], "--layers 8,many"),
         (["--layers", "0"], "num_layers=0"),
         (["--sweep", "2048"], "at most 1024"),
+        (["--sweep", "8", "--layers", "8"], "give one of them"),
         (["--memory-gib", "0"], "--memory-gib 0 must be above 0"),
         (["--per-node", "0"], "--per-node 0 must be above 0"),
         (["--compile", "--mesh-shape", "data=8,tensor=8", "train.global_batch=128"], "needs 64 devices"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from neva_jax.config import MESH_AXES, frozen_components, trained_components
+from neva_jax.config import MESH_AXES, Config, frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.planning.compiled import Compiled
 from neva_jax.planning.knobs import Knob, shape_text
@@ -40,8 +40,8 @@ class Layout:
     reason: str
 
 
-def sweep(config: Any, devices: int, machine: Machine) -> list[Layout]:
-    """Every mesh of that many devices: those that fit into memory are for the caller to tell; fastest first."""
+def sweep(config: Config, devices: int, machine: Machine) -> list[Layout]:
+    """Every mesh of that many devices, fastest first, whether it fits into memory or not; at the end what cannot be."""
     found = []
     for data in _divisors(devices):
         for fsdp in _divisors(devices // data):
