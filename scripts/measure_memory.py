@@ -93,10 +93,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after one that is not")
     parser.add_argument("--limit", type=float, default=110, help="seconds that a case may take")
+    parser.add_argument("--without-mesh", action="store_true", help="time the step with no mesh as well")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_process:
-        line = measure(options.only[0], options.size, options.steps)
+        line = measure(options.only[0], options.size, options.steps, options.without_mesh)
         with open(options.results, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(summary(line), flush=True)
@@ -105,6 +106,7 @@ def main() -> int:
     for name in options.only:
         command = [sys.executable, __file__, "--in-process", "--results", options.results, "--size", options.size]
         command += ["--only", name, "--steps", str(options.steps)]
+        command += ["--without-mesh"] if options.without_mesh else []
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
         try:
             status = subprocess.run(command, env=environment, timeout=options.limit, check=False).returncode
@@ -127,8 +129,8 @@ def summary(line: dict[str, Any]) -> str:
     )
 
 
-def measure(name: str, size: str, steps: int) -> dict[str, Any]:
-    """One case: plan, compile, run."""
+def measure(name: str, size: str, steps: int, without_mesh: bool) -> dict[str, Any]:
+    """One case: plan, compile, run; `without_mesh`: once more with no mesh, to see what one of 1 x 1 x 1 costs."""
     import jax
 
     from neva_jax.checks import check_numbers
@@ -173,6 +175,7 @@ def measure(name: str, size: str, steps: int) -> dict[str, Any]:
             state, metrics = step(state, frozen_params, batch)
             losses.append(float(metrics["loss"]))
             times.append(time.monotonic() - started)
+    without = time_without_mesh(config, optimizer, state, frozen_params, batch, steps) if without_mesh else []
     after = device.memory_stats() or {}
     peak = after.get("peak_bytes_in_use")
     predicted = predict(plan, Machine(flops=default_rate(config) * 1e12))
@@ -196,6 +199,7 @@ def measure(name: str, size: str, steps: int) -> dict[str, Any]:
         "attention_planned": plan.backend,
         "step_ms": seconds * 1e3,
         "steps_ms": [t * 1e3 for t in times],
+        "steps_ms_without_mesh": [t * 1e3 for t in without],
         "samples_per_s": config.train.global_batch / seconds,
         "step_ms_bound": predicted.seconds * 1e3,
         "tflop_per_sample": predicted.flops.model / 1e12,
@@ -206,6 +210,31 @@ def measure(name: str, size: str, steps: int) -> dict[str, Any]:
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax", "optax")},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def time_without_mesh(
+    config: Any, optimizer: Any, state: Any, frozen: dict[str, Any], batch: dict[str, Any], steps: int
+) -> list[float]:
+    """Seconds of each step of the same program, compiled where no mesh is set, on arrays that know of none."""
+    import jax
+
+    from neva_jax.models.layers import Remat
+    from neva_jax.models.neva import abstract_model
+    from neva_jax.training.optimizer import learning_rate
+    from neva_jax.training.step import make_train_step
+
+    train = config.train
+    remat = Remat(train.remat, train.remat_method, train.remat_layers)
+    graphdef, _ = abstract_model(config.model, config.precision, remat, train.unroll)
+    step = make_train_step(graphdef, optimizer, learning_rate(config.optimizer, train.steps), train.loss_chunk)
+    state, frozen, batch = jax.device_put((state, frozen, batch), jax.devices()[0])
+    times = []
+    for _ in range(steps + 1):
+        started = time.monotonic()
+        state, metrics = step(state, frozen, batch)
+        float(metrics["loss"])
+        times.append(time.monotonic() - started)
+    return times[1:]
 
 
 def random_weights(abstract: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -31,12 +31,17 @@ _INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 @dataclass
 class _Line:
-    """One equation of the flattened program; operands and results are ids of values."""
+    """One equation of the flattened program; operands and results are ids of values.
+
+    consts, carry: of a scan, how many operands it holds and how many it carries; what it slices follows.
+    """
 
     name: str
     params: dict[str, Any]
     inputs: list[int]
     outputs: list[int]
+    consts: int = 0
+    carry: int = 0
 
 
 @dataclass
@@ -94,7 +99,7 @@ def _flatten(jaxpr: Jaxpr) -> tuple[_Program, list[int], list[int]]:
                 continue
             results = [program.new(var.aval) for var in eqn.outvars]
             env |= dict(zip(eqn.outvars, results, strict=True))
-            program.lines.append(_Line(eqn.primitive.name, eqn.params, operands, results))
+            program.lines.append(_Line(eqn.primitive.name, eqn.params, operands, results, *_scan_split(eqn)))
         return [read(atom) for atom in jaxpr.outvars]
 
     inputs = [program.new(var.aval) for var in jaxpr.invars]
@@ -186,16 +191,24 @@ def _carried(line: _Line) -> list[int]:
     """The operands that a scan starts its carry with."""
     if line.name != "scan":
         return []
-    first = line.params["num_consts"]
-    return line.inputs[first : first + line.params["num_carry"]]
+    return line.inputs[line.consts : line.consts + line.carry]
+
+
+def _scan_split(equation: Any) -> tuple[int, int]:
+    """Constants and carry of a scan. By the shapes, as jax 0.11 has no counts: what is sliced has one dimension less."""
+    if equation.primitive.name != "scan":
+        return 0, 0
+    body: Jaxpr = equation.params["jaxpr"].jaxpr
+    sliced = sum(x.aval.ndim < whole.aval.ndim for x, whole in zip(body.invars, equation.invars, strict=True))
+    carry = sum(x.aval.ndim == whole.aval.ndim for x, whole in zip(body.outvars, equation.outvars, strict=True))
+    return len(body.invars) - sliced - carry, carry
 
 
 def _inner(line: _Line) -> int:
     """Bytes that a loop or condition holds inside, besides its operands and results."""
     if line.name == "scan":
-        consts, carry = line.params["num_consts"], line.params["num_carry"]
         body: Jaxpr = line.params["jaxpr"].jaxpr
-        sliced = frozenset(range(consts + carry, len(body.invars)))
+        sliced = frozenset(range(line.consts + line.carry, len(body.invars)))
         peak = _peak(body, sliced)
         return peak * min(int(line.params["unroll"]), int(line.params["length"]))
     if line.name == "cond":
