@@ -35,6 +35,16 @@ def check(config: Config) -> None:
     for name in ("run.dir", "model.tokenizer", "data.train"):
         if not lookup(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
+    check_numbers(config)
+    _check_files(config)
+
+
+def check_numbers(config: Config) -> None:
+    """`check` without files: what a plan needs, which nobody has to have data for.
+
+    Raises:
+      UserError: one line that names the key and quotes the numbers.
+    """
     check_ranges(config)
     _check_model(config.model)
     _check_images(config)
@@ -42,7 +52,6 @@ def check(config: Config) -> None:
     _check_rows(config)
     _check_template(config.data)
     _check_training(config)
-    _check_files(config)
 
 
 def check_data(config: Config) -> None:
