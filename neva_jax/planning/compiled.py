@@ -12,7 +12,7 @@ from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, replicated
 from neva_jax.planning.trace import batch_shapes
 from neva_jax.training.optimizer import learning_rate, make_optimizer
-from neva_jax.training.setup import abstract_optimizer, abstract_parameters
+from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
 from neva_jax.training.step import TrainState, make_train_step
 
 
@@ -56,7 +56,8 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
     trained = {name: parameters[name] for name in trained_components(config.model)}
     frozen = {name: parameters[name] for name in frozen_components(config.model)}
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    moments = abstract_optimizer(optimizer, trained, mesh)
+    moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
+    optimizer = place_updates(optimizer, trained, config.mesh.zero1)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trained, moments)
     step = make_train_step(
         graphdef, optimizer, learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk

@@ -9,7 +9,7 @@ from neva_jax.checks import check_numbers
 from neva_jax.config import Config, frozen_components, image_tokens
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.errors import UserError
-from neva_jax.planning.memory import Estimate, estimate, mesh_setting
+from neva_jax.planning.memory import Estimate, estimate
 from neva_jax.planning.speed import Machine, predict
 
 
@@ -76,7 +76,7 @@ def _candidates(plan: Estimate) -> Iterator[tuple[Config, dict[str, int], str, s
     if plan.backend == "xla" and config.model.attention == "xla":
         yield change("model", "the kernel that a GPU has", attention="auto")
     for name in ("zero1", "sequence_parallel"):
-        if hasattr(config.mesh, name) and not mesh_setting(config, name):
+        if not getattr(config.mesh, name):
             yield change("mesh", **{name: True})
     yield from _meshes(config, sizes)
 

@@ -195,7 +195,7 @@ def _carried(line: _Line) -> list[int]:
 
 
 def _scan_split(equation: Any) -> tuple[int, int]:
-    """Constants and carry of a scan. By the shapes, as jax 0.11 has no counts: what is sliced has one dimension less."""
+    """Constants and carry of a scan. By shapes, as jax 0.11 has no counts: what is sliced has one dimension less."""
     if equation.primitive.name != "scan":
         return 0, 0
     body: Jaxpr = equation.params["jaxpr"].jaxpr

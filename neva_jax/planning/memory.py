@@ -93,13 +93,15 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     _, parameters = abstract_parameters(shapes, mesh)
     trained = {name: parameters[name] for name in trained_components(config.model)}
     frozen = {name: parameters[name] for name in frozen_components(config.model)}
-    moments = abstract_optimizer(make_optimizer(config.optimizer, config.train.steps), trained, mesh)
+    moments = abstract_optimizer(make_optimizer(config.optimizer, config.train.steps), trained, mesh, config.mesh.zero1)
 
     backend = "xla" if platform == "cpu" else attention_backend(config)
     program = _traced(_traced_part(config), sizes["tensor"], backend)
     share = _Share(config, sizes, program)
-    kept, gradients = share.kept(), local_bytes(trained) * min(accumulate, 2)
-    updates = 2 * local_bytes(trained) if platform == "cpu" else 0
+    # With ZeRO-1 gradients are reduced onto the shards of the moments (training.setup.place_updates).
+    gradients = (local_bytes(moments) // 2 if config.mesh.zero1 else local_bytes(trained)) * min(accumulate, 2)
+    kept = share.kept()
+    updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
     memory = Memory(
         masters=local_bytes(trained),
@@ -133,7 +135,7 @@ class _Share:
 
     def _spared(self) -> int:
         fsdp = self.sizes["fsdp"]
-        tensor = self.sizes["tensor"] if mesh_setting(self.config, "sequence_parallel") else 1
+        tensor = self.sizes["tensor"] if self.config.mesh.sequence_parallel else 1
         stream = (self.config.train.micro_batch, self.config.data.max_length, self.config.model.llm.hidden_size)
         spared = 0
         for shape, _, size in self.program.kept:
@@ -148,11 +150,6 @@ class _Share:
     def peak(self) -> int:
         """The peak of the gradients' program, without the gradients."""
         return self.program.peak.total - self.program.gradients - self._spared()
-
-
-def mesh_setting(config: Config, name: str, absent: bool = False) -> bool:
-    """A switch of the section `mesh`; `absent` where this version has none of that name."""
-    return bool(getattr(config.mesh, name, absent))
 
 
 def _traced_part(config: Config) -> Config:

@@ -42,7 +42,7 @@ from neva_jax.planning.flops import (
     vision_layers,
     vision_tokens,
 )
-from neva_jax.planning.memory import Estimate, mesh_setting
+from neva_jax.planning.memory import Estimate
 from neva_jax.precision.policy import compute_dtype
 
 # TFLOP/s of an H200's matrix products: bf16 and FP8 measured at our shapes, fp32 80 % of what NVIDIA states for TF32.
@@ -142,7 +142,7 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
                 whole += held
     yield "all-gather", "weights", "fsdp", steps * gathered * _share(fsdp)
     yield "reduce-scatter", "gradients", "fsdp", steps * reduced * _share(fsdp)
-    if mesh_setting(config, "zero1"):
+    if config.mesh.zero1:
         yield "reduce-scatter", "gradients", "data", steps * whole * _share(data)
         yield "all-gather", "updates", "data", whole / item * 4 * _share(data)
     else:
@@ -150,8 +150,8 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
 
     ring = steps * _share(tensor)
     llm_bytes = ring * _llm_activations(config) * item
-    vision_bytes = ring * _vision_activations(config) * item if mesh_setting(config, "vision_tensor", True) else 0.0
-    if mesh_setting(config, "sequence_parallel"):
+    vision_bytes = ring * _vision_activations(config) * item if config.mesh.vision_tensor else 0.0
+    if config.mesh.sequence_parallel:
         yield "all-gather", "activations", "tensor", llm_bytes
         yield "reduce-scatter", "activations", "tensor", llm_bytes
         yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
