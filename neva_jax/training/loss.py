@@ -62,10 +62,15 @@ def weighted_nll(
         picked = jnp.sum(jnp.where(is_target, scores, 0), axis=-1)
         return jnp.sum((jax.nn.logsumexp(scores, axis=-1) - picked) * weights, axis=(1, 2))
 
+    # Around the condition too: what a branch keeps is a result of the condition, and the loop would stack the head's
+    # copies once for each chunk.
+    @jax.checkpoint
+    def share(labelled: jax.Array, copies: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return jax.lax.cond(labelled, chunk_nll, lambda *_: jnp.zeros(groups), copies, *arrays)
+
     def body(total: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         labelled, *arrays = xs
-        nothing = jnp.zeros_like(total)
-        return total + jax.lax.cond(labelled, chunk_nll, lambda *_: nothing, copies, *arrays), None
+        return total + share(labelled, copies, *arrays), None
 
     arrays = (chunked(hidden), chunked(targets), chunked(weights))
     labelled = jnp.any(arrays[2] != 0, axis=(1, 2, 3))
