@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from neva_jax.checks import check_mesh
-from neva_jax.config import Config, frozen_components, trained_components
+from neva_jax.config import Config, frozen_components, padded_vocab, trained_components
 from neva_jax.planning.liveness import nbytes
 from neva_jax.planning.trace import (
     Traced,
@@ -126,7 +126,8 @@ def local_bytes(tree: Any) -> int:
 class _Share:
     """What the fsdp axis and sequence parallelism leave of a traced program on one device.
 
-    Copies of weights that are kept stay spread over fsdp; a residual stream [.., B, T, D] is split along T.
+    Copies of weights that are kept stay spread over fsdp; a residual stream [.., B, T, D] is split along T. The head's
+    copy of the loss (training.loss) is gathered under fsdp, and otherwise the parameter itself.
     """
 
     config: Config
@@ -137,8 +138,13 @@ class _Share:
         fsdp = self.sizes["fsdp"]
         tensor = self.sizes["tensor"] if self.config.mesh.sequence_parallel else 1
         stream = (self.config.train.micro_batch, self.config.data.max_length, self.config.model.llm.hidden_size)
+        llm = self.config.model.llm
+        head = (1, llm.hidden_size, padded_vocab(llm) // self.sizes["tensor"])
         spared = 0
         for shape, _, size in self.program.kept:
+            if shape == head and fsdp == 1 and not llm.tie_embeddings:
+                spared += size
+                continue
             ways = fsdp if shape in self.program.parameter_shapes else tensor if shape[-3:] == stream else 1
             spared += size - size // ways
         return spared
