@@ -15,12 +15,14 @@ from neva_jax.config import (
     image_tokens,
     kv_heads,
     lookup,
+    nearest,
     padded_vocab,
     projector_layers,
     rotary_width,
     walk,
 )
 from neva_jax.data.templates import NEVA
+from neva_jax.data.tiles import tiles_per_row
 from neva_jax.errors import UserError
 
 
@@ -33,6 +35,16 @@ def check(config: Config) -> None:
     for name in ("run.dir", "model.tokenizer", "data.train"):
         if not lookup(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
+    check_numbers(config)
+    _check_files(config)
+
+
+def check_numbers(config: Config) -> None:
+    """`check` without files: what a plan needs, which nobody has to have data for.
+
+    Raises:
+      UserError: one line that names the key and quotes the numbers.
+    """
     check_ranges(config)
     _check_model(config.model)
     _check_images(config)
@@ -40,7 +52,6 @@ def check(config: Config) -> None:
     _check_rows(config)
     _check_template(config.data)
     _check_training(config)
-    _check_files(config)
 
 
 def check_data(config: Config) -> None:
@@ -72,29 +83,53 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> int:
             f"{sizes['data'] * sizes['fsdp']} data-parallel groups (data={sizes['data']}, fsdp={sizes['fsdp']}) "
             f"= {rows}"
         )
-    llm, vision = config.model.llm, config.model.vision
-    over_tensor = {
-        "model.llm.num_heads": llm.num_heads,
-        "model.llm.num_kv_heads": kv_heads(llm),
-        "model.llm.intermediate_size": llm.intermediate_size,
-        "model.vision.num_heads": vision.num_heads,
-        "model.vision.intermediate_size": vision.intermediate_size,
-    }
-    for name, size in over_tensor.items():
-        if size % tensor:
-            raise UserError(f"{name}={size} is not divisible by the mesh axis tensor={tensor}")
+    _check_tensor(config, tensor)
+    fsdp = sizes["fsdp"]
+    for name in ("model.llm.hidden_size", "model.vision.hidden_size"):
+        if (size := lookup(config, name)) % fsdp:
+            raise UserError(
+                f"{name}={size} is not divisible by the mesh axis fsdp={fsdp}; {nearest(size, fsdp)} would do"
+            )
+    return train.global_batch // rows
+
+
+def _check_tensor(config: Config, tensor: int) -> None:
+    """What the axis tensor must divide. (Only the vocabulary can be padded without changing what a weight means.)"""
+    llm, groups = config.model.llm, kv_heads(config.model.llm)
+    whole = ["model.llm.num_heads", "model.llm.intermediate_size"]
+    if config.model.projector.kind.startswith("mlp"):  # its width inside
+        whole.append("model.llm.hidden_size")
+    if config.mesh.vision_tensor:
+        whole += ["model.vision.num_heads", "model.vision.intermediate_size"]
+    for name in whole:
+        if (size := lookup(config, name)) % tensor:
+            raise UserError(
+                f"{name}={size} is not divisible by the mesh axis tensor={tensor}; {nearest(size, tensor)} would do"
+            )
+    if groups % tensor and tensor % groups:
+        raise UserError(
+            f"model.llm.num_kv_heads={groups} does not divide the mesh axis tensor={tensor}, nor tensor them; "
+            f"{nearest(groups, tensor)} would do"
+        )
     if llm.vocab_size is not None and padded_vocab(llm) % tensor:
+        multiple = math.lcm(llm.vocab_multiple, tensor)
         raise UserError(
             f"model.llm.vocab_size={padded_vocab(llm)} (padded) is not divisible by the mesh axis tensor={tensor}; "
-            f"set model.llm.vocab_multiple to a multiple of {tensor}"
+            f"set model.llm.vocab_multiple={multiple}, which makes it {-(-llm.vocab_size // multiple) * multiple}"
         )
-    for name, size in {
-        "model.llm.hidden_size": llm.hidden_size,
-        "model.vision.hidden_size": vision.hidden_size,
-    }.items():
-        if size % sizes["fsdp"]:
-            raise UserError(f"{name}={size} is not divisible by the mesh axis fsdp={sizes['fsdp']}")
-    return train.global_batch // rows
+    images = config.train.micro_batch * tiles_per_row(config)
+    if not config.mesh.vision_tensor and images % tensor:
+        raise UserError(
+            f"mesh.vision_tensor=false: the {images} images of a micro batch (train.micro_batch="
+            f"{config.train.micro_batch}) do not divide over the mesh axis tensor={tensor}; use true, or another "
+            "train.micro_batch"
+        )
+    for length in (config.data.max_length, *config.data.length_buckets):
+        if config.mesh.sequence_parallel and length % tensor:
+            raise UserError(
+                f"data.max_length={length} (or data.length_buckets) is not divisible by the mesh axis tensor={tensor}, "
+                f"which mesh.sequence_parallel=true needs; {nearest(length, tensor)} would do"
+            )
 
 
 _AT_LEAST_ONE = """

@@ -265,6 +265,13 @@ class MeshConfig:
     """How the devices are arranged."""
 
     shape: str = key("data=-1", "Sizes of the axes data, fsdp and tensor; absent ones are 1, one may be -1 (the rest).")
+    sequence_parallel: bool = key(
+        False, "Split the language model's residual stream over `tensor` too, along the length of the rows."
+    )
+    zero1: bool = key(False, "Split the optimizer's moments over `data` too (ZeRO-1).")
+    vision_tensor: bool = key(
+        True, "Split the vision encoder over `tensor`; `false` gives each device of `tensor` other images instead."
+    )
 
 
 @dataclass(frozen=True)
@@ -493,6 +500,15 @@ def parse_mesh_shape(text: str, devices: int) -> dict[str, int]:
             "rest, and CUDA_VISIBLE_DEVICES hides GPUs"
         )
     return {name: sizes.get(name, 1) for name in MESH_AXES}
+
+
+def nearest(size: int, ways: int) -> str:
+    """For a size that `ways` devices do not divide: the next sizes that they do, and numbers of devices that do."""
+    sizes = [number for number in (size // ways * ways, (size // ways + 1) * ways) if number]
+    fewer = max(number for number in range(1, ways) if size % number == 0)
+    more = next((number for number in range(ways + 1, size + 1) if size % number == 0), None)
+    counts = [fewer] if more is None else [fewer, more]
+    return f"{' or '.join(map(str, sizes))} (or an axis of {' or '.join(map(str, counts))})"
 
 
 def derived_comment(config: Config) -> str:

@@ -44,6 +44,7 @@ from neva_jax.training.setup import (
     abstract_parameters,
     initialise_optimizer,
     initialise_parameters,
+    place_updates,
     saved_components,
     starting_weights,
     with_vocabulary,
@@ -91,7 +92,9 @@ def run(config: Config) -> int:
     trained, frozen = trained_components(config.model), frozen_components(config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    abstract_moments = abstract_optimizer(optimizer, {name: abstract[name] for name in trained}, mesh)
+    abstract_trained = {name: abstract[name] for name in trained}
+    abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
+    optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
     resumed = resumed_meta(config, tokenizer, run_dir)
     start = 0 if resumed is None else resumed.step

@@ -117,7 +117,7 @@ NEMO_KEYS: dict[str, list[tuple[str, str, str]]] = {
         ("model.activations_checkpoint_granularity", "train.remat", "`selective`: `dots`, `full`: `full`"),
         ("model.activations_checkpoint_method", "train.remat_method", "`uniform` or `block`"),
         ("model.activations_checkpoint_num_layers", "train.remat_layers", ""),
-        ("model.sequence_parallel", NOT_YET, ""),
+        ("model.sequence_parallel", "mesh.sequence_parallel", ""),
         ("model.fp8, fp8_e4m3, fp8_hybrid", NOT_YET, "`precision.compute=fp8_delayed` and `fp8_current` are reserved"),
         ("model.fp8_margin, fp8_interval, fp8_amax_history_len, fp8_amax_compute_algo", NOT_YET, ""),
         ("model.seed", "run.seed", ""),

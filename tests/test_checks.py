@@ -237,19 +237,42 @@ BAD_OVERRIDES = {
         ["train.micro_batch=2", "mesh.shape=data=4,fsdp=2"],
         ["train.global_batch=8", "train.micro_batch=2", "data=4", "fsdp=2", "16"],
     ),
-    "kv heads over tensor": (["mesh.shape=data=2,tensor=4"], ["model.llm.num_kv_heads=2", "tensor=4"]),
-    "heads over tensor": (["mesh.shape=tensor=8"], ["model.llm.num_heads=4", "tensor=8"]),
+    "kv heads over tensor": (
+        [
+            "mesh.shape=data=4,tensor=2",
+            "model.llm.hidden_size=36",
+            "model.llm.num_heads=6",
+            "model.llm.num_kv_heads=3",
+        ],
+        ["model.llm.num_kv_heads=3", "tensor=2", "2 or 4 (or an axis of 1 or 3)"],
+    ),
+    "heads over tensor": (
+        ["mesh.shape=tensor=8"],
+        ["model.llm.num_heads=4", "tensor=8", "8 (or an axis of 4) would do"],
+    ),
+    "MLP over tensor": (
+        ["mesh.shape=data=2,tensor=4", "model.llm.intermediate_size=90"],
+        ["model.llm.intermediate_size=90", "tensor=4", "88 or 92 (or an axis of 3 or 5) would do"],
+    ),
+    "length over tensor": (
+        ["mesh.shape=data=4,tensor=2", "mesh.sequence_parallel=true", "data.max_length=191"],
+        ["data.max_length=191", "tensor=2", "mesh.sequence_parallel=true", "190 or 192"],
+    ),
+    "images over tensor": (
+        ["mesh.shape=data=4,tensor=2", "mesh.vision_tensor=false"],
+        ["mesh.vision_tensor=false", "1 images", "train.micro_batch=1", "tensor=2"],
+    ),
     "vision's heads over tensor": (
         ["mesh.shape=tensor=8", "model.llm.num_heads=8", "model.llm.num_kv_heads=8"],
         ["model.vision.num_heads=4", "tensor=8"],
     ),
     "vocabulary over tensor": (
         ["mesh.shape=data=4,tensor=2", "model.llm.vocab_size=401"],
-        ["model.llm.vocab_size=401", "tensor=2", "model.llm.vocab_multiple"],
+        ["model.llm.vocab_size=401", "tensor=2", "model.llm.vocab_multiple=2", "402"],
     ),
     "embedding over fsdp": (
         ["mesh.shape=fsdp=8", "model.llm.hidden_size=40", "model.vision.hidden_size=36"],
-        ["model.vision.hidden_size=36", "fsdp=8"],
+        ["model.vision.hidden_size=36", "fsdp=8", "32 or 40 (or an axis of 6 or 9) would do"],
     ),
     "unknown axis": (["mesh.shape=pipe=8"], ["mesh.shape=pipe=8", "'pipe'", "data, fsdp, tensor"]),
     "axis twice": (["mesh.shape=data=2,data=4"], ["mesh.shape=data=2,data=4", "data", "twice"]),

@@ -176,7 +176,7 @@ BAD_RUNS = {
     "unknown key in the file": (["--config", "{tmp}/wrong.yaml"], ["wrong.yaml", "train.stpes", "train.steps?"]),
     "mesh": (["--mesh-shape", "data=3"], ["mesh.shape=data=3", "3 devices", "8"]),
     "mesh and batch": (["train.micro_batch=8"], ["train.global_batch=8", "train.micro_batch=8", "64"]),
-    "mesh and heads": (["--mesh-shape", "data=2,tensor=4"], ["model.llm.num_kv_heads=2", "tensor=4"]),
+    "mesh and heads": (["--mesh-shape", "tensor=8"], ["model.llm.num_heads=4", "tensor=8"]),
     "data missing": (["data.train=[{{json: {tmp}/nope.json}}]"], ["data.train[0].json", "nope.json"]),
     "data no JSON": (["data.train=[{{json: {tmp}/wrong.yaml}}]"], ["wrong.yaml", "line 1 column 1 (byte 0)", "JSON"]),
     "data no list": (["data.train=[{{json: {tmp}/object.json}}]"], ["object.json", "holds an object", "list of rows"]),

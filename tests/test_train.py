@@ -324,6 +324,13 @@ def test_eight_devices_train_like_one(mesh, start, tuned, base, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tuned), rel=1e-5)
 
 
+def test_the_settings_of_the_mesh_change_no_number(start, tuned, base, tmp_path):
+    settings = ["mesh.sequence_parallel=true", "mesh.zero1=true", "mesh.vision_tensor=false"]
+    overrides = [f"model.init_from={base}", "train.micro_batch=4", *settings]
+    assert start(tmp_path / "run", *overrides, mesh="data=2,tensor=4") == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(tuned), rel=1e-5)
+
+
 def test_eight_devices_pretrain_like_one(start, aligned, base, tmp_path):
     overrides = [*PRETRAIN, f"model.init_from={base}", "train.micro_batch=4"]
     assert start(tmp_path / "run", *overrides, mesh="data=2,tensor=4") == 0

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import LlmConfig, head_dim, kv_heads, padded_vocab, rotary_width
+from neva_jax.config import LlmConfig, MeshConfig, head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
-from neva_jax.parallel.mesh import constrain
+from neva_jax.parallel.mesh import constrain, spread
 
 
 class LayerCache(NamedTuple):
@@ -68,7 +68,14 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 class Block(nnx.Module):
     """One decoder layer, or a stack of `layers` of them: attention and SwiGLU MLP, each behind an RMS norm."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlmConfig, backend: str, layers: int | None = None):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: LlmConfig,
+        backend: str,
+        layers: int | None = None,
+        mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+    ):
         d, h, g, k, f = (
             config.hidden_size,
             config.num_heads,
@@ -97,7 +104,7 @@ class Block(nnx.Module):
             self.gate_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.stream = config, backend, stream_axes(mesh)
 
     def __call__(
         self,
@@ -116,12 +123,18 @@ class Block(nnx.Module):
         dtype, config, window = x.dtype, self.config, self.config.sliding_window
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
 
+        def weight(name: str) -> jax.Array:
+            variable = getattr(self, name)
+            value, axes = variable[...].astype(dtype), variable.get_metadata()["axes"][-variable[...].ndim :]
+            # A cache holds each head once.
+            return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and cache is None else value
+
         def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
-            y = jnp.einsum(equation, x, getattr(self, name)[...].astype(dtype))
-            return y + getattr(self, f"{name}_bias")[...].astype(dtype) if biased else y
+            y = jnp.einsum(equation, x, weight(name))
+            return y + weight(f"{name}_bias") if biased else y
 
         with jax.named_scope("attention"):
-            y = self.attention_norm(x)
+            y = constrain(self.attention_norm(x), "batch", "length", "features")
             q = rotate(linear("btd,dhk->bthk", y, "q", config.qkv_bias), *angles)
             k = rotate(linear("btd,dgk->btgk", y, "k", config.qkv_bias), *angles)
             v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
@@ -141,16 +154,17 @@ class Block(nnx.Module):
             else:
                 cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
                 attended = attend(q, cache.k, cache.v, positions=positions, window=window)
+            attended = constrain(attended, "batch", "length", "heads", "head_dim")
             x = x + dropout(linear("bthk,hkd->btd", attended, "o", config.o_bias), config.hidden_dropout, rngs[1])
-            x = constrain(x, "batch", "length", "features")
+            x = constrain(x, *self.stream)
         with jax.named_scope("mlp"):
-            y = self.mlp_norm(x)
+            y = constrain(self.mlp_norm(x), "batch", "length", "features")
             gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
             up = linear("btd,df->btf", y, "up", config.mlp_bias)
             inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
             inner = dropout(inner, config.ffn_dropout, rngs[2])
             x = x + dropout(linear("btf,fd->btd", inner, "down", config.mlp_bias), config.hidden_dropout, rngs[3])
-            return constrain(x, "batch", "length", "features"), cache
+            return constrain(x, *self.stream), cache
 
 
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -158,21 +172,40 @@ def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     return cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(new.astype(cache.dtype))
 
 
+def stream_axes(mesh: MeshConfig) -> tuple[str, str, str]:
+    """The logical axes of the residual stream [B, T, D]; with sequence parallelism its length is split."""
+    return "batch", "split_length" if mesh.sequence_parallel else "length", "features"
+
+
 class Llama(nnx.Module):
     """Token embedding, L decoder layers, final norm and output head."""
 
-    def __init__(self, rngs: nnx.Rngs, config: LlmConfig, dtype: jnp.dtype, backend: str, remat: Remat, unroll: int):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: LlmConfig,
+        dtype: jnp.dtype,
+        backend: str,
+        remat: Remat,
+        unroll: int,
+        mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+    ):
         rows, init = padded_vocab(config), normal(config.init_std)
         self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)
-        self.layers = Block(rngs, config, backend, config.num_layers)
+        self.layers = Block(rngs, config, backend, config.num_layers, mesh)
         self.norm = RMSNorm(rngs, config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = param(rngs, (config.hidden_size, rows), ("embed", "vocab"), init)
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+        self.stream = stream_axes(mesh)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] i32 -> [B, T, D] in the compute dtype."""
-        return jnp.take(self.embedding[...].astype(self.dtype), tokens, axis=0)
+        # The table is split over fsdp by its columns, and looked up where it lies: only rows that are wanted travel.
+        tokens = constrain(tokens, "rows", "length")
+        table = constrain(self.embedding[...].astype(self.dtype), "vocab", "embed")
+        x = constrain(jnp.take(table, tokens, axis=0), "rows", "length", "embed")
+        return constrain(x, "batch", "length", "features")
 
     def __call__(
         self,
@@ -194,12 +227,12 @@ class Llama(nnx.Module):
         Returns:
           (normed hidden states [B, T, D], the cache with the new tokens or None)
         """
-        angles = rotary_angles(positions, self.config)
+        angles = tuple(constrain(part, "batch", "length", None) for part in rotary_angles(positions, self.config))
         layer_rngs = None
         if rng is not None:
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
-        x = constrain(x, "batch", "length", "features")
+        x = constrain(x, *self.stream)
         x, cache = scan_layers(
             self.layers,
             x,
@@ -210,16 +243,21 @@ class Llama(nnx.Module):
         )
         return self.norm(x), cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V] f32; ids past the vocabulary get a logit that never wins."""
-        if self.config.tie_embeddings:
-            kernel = self.embedding[...].astype(self.dtype).T
-        else:
-            kernel = self.head[...].astype(self.dtype)
-        logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
-        if kernel.shape[1] == self.config.vocab_size:
+    def output_kernel(self) -> jax.Array:
+        """The output head [D, V] in its stored dtype: the embedding's transpose where they are tied."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def logits(self, hidden: jax.Array, kernel: jax.Array | None = None) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] f32; ids past the vocabulary get a logit that never wins.
+
+        `kernel`: R copies [R, D, V] of the output head, one for each slice of hidden [R, ..., D].
+        """
+        equation = "...d,dv->...v" if kernel is None else "r...d,rdv->r...v"
+        kernel = (self.output_kernel() if kernel is None else kernel).astype(self.dtype)
+        logits = jnp.einsum(equation, hidden, kernel, preferred_element_type=jnp.float32)
+        if kernel.shape[-1] == self.config.vocab_size:
             return logits
-        return jnp.where(jnp.arange(kernel.shape[1]) < self.config.vocab_size, logits, MASKED)
+        return jnp.where(jnp.arange(kernel.shape[-1]) < self.config.vocab_size, logits, MASKED)
 
 
 def empty_cache(config: LlmConfig, rows: int, slots: int, dtype: jnp.dtype) -> LayerCache:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import ModelConfig, PrecisionConfig, head_dim
+from neva_jax.config import MeshConfig, ModelConfig, PrecisionConfig, head_dim
 from neva_jax.models.attention import choose_backend
 from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.llama import LayerCache, Llama
@@ -29,15 +29,21 @@ class Neva(nnx.Module):
     """A LLaVA-style vision-language model: `vision`, `projector`, `llm`."""
 
     def __init__(
-        self, rngs: nnx.Rngs, config: ModelConfig, precision: PrecisionConfig, remat: Remat = NO_REMAT, unroll: int = 1
+        self,
+        rngs: nnx.Rngs,
+        config: ModelConfig,
+        precision: PrecisionConfig,
+        remat: Remat = NO_REMAT,
+        unroll: int = 1,
+        mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
     ):
         dtype = compute_dtype(precision)
         # No gradient flows into a frozen encoder, so it has nothing to recompute.
         vision_remat = NO_REMAT if config.vision.freeze else remat
-        self.vision = Vision(rngs, config.vision, dtype, vision_remat)
+        self.vision = Vision(rngs, config.vision, dtype, vision_remat, mesh.vision_tensor)
         self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
         backend = choose_backend(config.attention, dtype, head_dim(config.llm), config.llm.attention_dropout)
-        self.llm = Llama(rngs, config.llm, dtype, backend, remat, unroll)
+        self.llm = Llama(rngs, config.llm, dtype, backend, remat, unroll, mesh)
 
     def image_features(self, images: jax.Array) -> jax.Array:
         """images [B, K, S, S, 3] uint8 -> [B, K*P, D]."""
@@ -50,7 +56,7 @@ class Neva(nnx.Module):
         text = self.llm.embed(tokens)
         features = self.image_features(images)
         spliced = jnp.take_along_axis(features, jnp.maximum(image_slots, 0)[:, :, None], axis=1)
-        x = jnp.where(image_slots[:, :, None] >= 0, spliced, text)
+        x = constrain(jnp.where(image_slots[:, :, None] >= 0, spliced, text), "batch", "length", "features")
         if not self.projector.has_newline:
             return x
         return jnp.where(image_slots[:, :, None] == NEWLINE_SLOT, self.projector.newline[...].astype(x.dtype), x)
@@ -78,10 +84,14 @@ class Neva(nnx.Module):
 
 
 def abstract_model(
-    config: ModelConfig, precision: PrecisionConfig, remat: Remat = NO_REMAT, unroll: int = 1
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    remat: Remat = NO_REMAT,
+    unroll: int = 1,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph definition, and its parameters as shapes with their logical axes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll))
+    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll, mesh))
     return nnx.split(model)
 
 

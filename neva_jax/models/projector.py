@@ -15,6 +15,7 @@ from flax import nnx
 
 from neva_jax.config import ProjectorConfig, projector_layers
 from neva_jax.models.layers import LayerNorm, normal, param, uniform
+from neva_jax.parallel.mesh import constrain
 
 NORM_EPS = 1e-5  # torch.nn.LayerNorm's default
 
@@ -33,12 +34,19 @@ class Projector(nnx.Module):
         # torch.nn.Linear's initialisation, as LLaVA and NeVA use it: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), bias too.
         for i in range(self.layers):
             fan_in = out_dim if i else in_dim
-            axes = ("embed", None) if i else (None, "embed")
+            axes = self._axes(i)
             setattr(self, f"kernel_{i + 1}", param(rngs, (fan_in, out_dim), axes, uniform(fan_in**-0.5)))
-            setattr(self, f"bias_{i + 1}", param(rngs, (out_dim,), ("norm",), uniform(fan_in**-0.5)))
+            bias_axes = ("mlp",) if axes[1] == "mlp" else ("norm",)
+            setattr(self, f"bias_{i + 1}", param(rngs, (out_dim,), bias_axes, uniform(fan_in**-0.5)))
         if config.newline:
             self.newline = param(rngs, (out_dim,), ("norm",), normal(out_dim**-0.5))
         self.kind, self.has_newline, self.dtype = config.kind, config.newline, dtype
+
+    def _axes(self, i: int) -> tuple[str | None, str | None]:
+        """Layers in pairs: the first of a pair is split by its outputs, the second by its inputs; an odd one is not."""
+        if i == self.layers - 1 and i % 2 == 0:
+            return "embed", None
+        return ("mlp", "embed") if i % 2 else ("embed", "mlp")
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """[N, P, E] -> [N, P, D] (after mlp_downsample a quarter of the P) in the compute dtype."""
@@ -50,6 +58,7 @@ class Projector(nnx.Module):
                 x = jax.nn.gelu(x, approximate=False)
             kernel, bias = getattr(self, f"kernel_{i + 1}")[...], getattr(self, f"bias_{i + 1}")[...]
             x = jnp.einsum("npe,ed->npd", x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+            x = constrain(x, "batch", "length", "mlp" if self._axes(i)[1] == "mlp" else "features")
         return x
 
 

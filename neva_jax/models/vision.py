@@ -23,26 +23,27 @@ ACTIVATIONS = {
 class VisionBlock(nnx.Module):
     """One pre-norm encoder layer, or a stack of `layers` of them."""
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, layers: int | None = None):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, layers: int | None = None, split: bool = True):
         d, h, f = config.hidden_size, config.num_heads, config.intermediate_size
+        heads, self.mlp, self.images = ("heads", "mlp", "batch") if split else (None, None, "images")
         k = d // h
         # HF CLIPPreTrainedModel._init_weights
         in_std = d**-0.5 * (2 * config.num_layers) ** -0.5
         out_std = d**-0.5
         zeros = jax.nn.initializers.zeros
         self.attention_norm = LayerNorm(rngs, d, config.norm_eps, layers)
-        self.q = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
-        self.k = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
-        self.v = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), normal(in_std), layers)
-        self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), normal(out_std), layers)
-        self.q_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
-        self.k_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
-        self.v_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
+        self.q = param(rngs, (d, h, k), ("embed", heads, "head_dim"), normal(in_std), layers)
+        self.k = param(rngs, (d, h, k), ("embed", heads, "head_dim"), normal(in_std), layers)
+        self.v = param(rngs, (d, h, k), ("embed", heads, "head_dim"), normal(in_std), layers)
+        self.o = param(rngs, (h, k, d), (heads, "head_dim", "embed"), normal(out_std), layers)
+        self.q_bias = param(rngs, (h, k), (heads, "head_dim"), zeros, layers)
+        self.k_bias = param(rngs, (h, k), (heads, "head_dim"), zeros, layers)
+        self.v_bias = param(rngs, (h, k), (heads, "head_dim"), zeros, layers)
         self.o_bias = param(rngs, (d,), ("norm",), zeros, layers)
         self.mlp_norm = LayerNorm(rngs, d, config.norm_eps, layers)
-        self.up = param(rngs, (d, f), ("embed", "mlp"), normal((2 * d) ** -0.5), layers)
-        self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
-        self.down = param(rngs, (f, d), ("mlp", "embed"), normal(in_std), layers)
+        self.up = param(rngs, (d, f), ("embed", self.mlp), normal((2 * d) ** -0.5), layers)
+        self.up_bias = param(rngs, (f,), (self.mlp,), zeros, layers)
+        self.down = param(rngs, (f, d), (self.mlp, "embed"), normal(in_std), layers)
         self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
         self.activation = config.activation
 
@@ -61,18 +62,19 @@ class VisionBlock(nnx.Module):
             y = jnp.einsum("npd,df->npf", self.mlp_norm(x), self.up[...].astype(dtype)) + self.up_bias[...].astype(
                 dtype
             )
-            y = constrain(ACTIVATIONS[self.activation](y), "batch", "length", "mlp")
+            y = constrain(ACTIVATIONS[self.activation](y), self.images, "length", self.mlp)
             x = x + jnp.einsum("npf,fd->npd", y, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
-            return constrain(x, "batch", "length", "features")
+            return constrain(x, self.images, "length", "features")
 
 
 class Vision(nnx.Module):
     """Patch and position embedding, pre-norm, and L encoder layers.
 
     All layers and the final norm are held, as in the checkpoint they come from; those above `select_layer` never run.
+    `split`: over the mesh like the language model; otherwise each of the devices that would share an image has its own.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: Remat):
+    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: Remat, split: bool = True):
         d, p = config.hidden_size, config.patch_size
         patches = ((config.position_image_size or config.image_size) // p) ** 2
         self.leading = 1 if config.kind == "clip" else 0  # tokens before the patches
@@ -86,9 +88,10 @@ class Vision(nnx.Module):
         )
         if config.kind == "clip":
             self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
-        self.layers = VisionBlock(rngs, config, config.num_layers)
+        self.layers = VisionBlock(rngs, config, config.num_layers, split)
         self.post_norm = LayerNorm(rngs, d, config.norm_eps)
         self.config, self.dtype, self.remat = config, dtype, remat
+        self.images = "batch" if split else "images"
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """images [N, S, S, 3] uint8 -> features of the patches [N, P, D], row by row from the top left.
@@ -97,16 +100,17 @@ class Vision(nnx.Module):
         first where select_feature keeps it (HF's strategy `full`), and is dropped otherwise (`default`).
         """
         config, dtype = self.config, self.dtype
+        images = constrain(images, self.images, None, None, None)
         mean, std = (np.asarray(values, np.float32) * 255 for values in (config.image_mean, config.image_std))
         pixels = ((images.astype(jnp.float32) - mean) / std).astype(dtype)
         patches = self._patches(pixels)
-        x = jnp.einsum("npi,id->npd", patches, self.patch[...].astype(dtype))
+        x = jnp.einsum("npi,id->npd", patches, constrain(self.patch[...].astype(dtype), None, None))
         if config.kind == "clip":
             first = jnp.broadcast_to(self.class_token[...].astype(dtype), (x.shape[0], 1, x.shape[2]))
             x = self.pre_norm(jnp.concatenate([first, x], axis=1) + self._positions().astype(dtype))
         else:
             x = x + self.patch_bias[...].astype(dtype) + self._positions().astype(dtype)
-        x = constrain(x, "batch", "length", "features")
+        x = constrain(x, self.images, "length", "features")
         x, _ = scan_layers(
             self.layers,
             x,
@@ -114,11 +118,12 @@ class Vision(nnx.Module):
             count=config.num_layers + 1 + config.select_layer,
             call=lambda layer, x, _: (layer(x), None),
         )
-        return x if config.select_feature == "cls_patch" else x[:, self.leading :]
+        x = x if config.select_feature == "cls_patch" else x[:, self.leading :]
+        return constrain(x, "batch", "length", "features")
 
     def _positions(self) -> jax.Array:
         """The position table [P (+1), D], interpolated where it was made for another image size."""
-        table, old = self.position[...], self.config.position_image_size
+        table, old = constrain(self.position[...], None, None), self.config.position_image_size
         if old is None or old == self.config.image_size:
             return table
         resize = cubic_matrix(old // self.config.patch_size, patch_grid(self.config))  # [new, old]

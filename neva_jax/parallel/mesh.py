@@ -4,26 +4,34 @@ Models name what a dimension means (`heads`, `mlp`, `batch`, …) and never a me
 each dimension lives; changing a layout means changing a line here.
 
     mesh axis   what it splits
-    data        rows of the batch; parameters are copies
+    data        rows of the batch; parameters are copies (their moments may be split: `zero1`)
     fsdp        rows of the batch, and the embedding dimension of parameters
-    tensor      heads, MLP width and vocabulary
+    tensor      heads, MLP width and vocabulary; with sequence parallelism the residual stream's length too
+
+`data` is outermost: its groups lie on different hosts where there are several, and those of `tensor` on one. Which
+collectives follow from the table is written down, layout by layout, in docs/parallelism.md.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neva_jax.config import MESH_AXES
+from neva_jax.config import MESH_AXES, nearest
 from neva_jax.errors import UserError
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # of activations
     "batch": ("data", "fsdp"),
+    "rows": "data",  # the batch during the look-up in a table whose other dimension is split over fsdp
+    "images": ("data", "fsdp", "tensor"),  # the images of a batch, in a vision encoder that is not split itself
     "length": None,
+    "split_length": "tensor",  # of the residual stream, with sequence parallelism
     "features": None,
     # of parameters; heads, kv_heads, mlp and vocab of activations as well
     "layers": None,
@@ -38,13 +46,23 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
 }
 
+# Axes that may be shorter than their mesh axis, which they must then divide: each device holds them whole, and
+# computes with the one slice that is its own (`spread`).
+GROUPED = ("kv_heads",)
+
 Axes = Sequence[str | None]
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over all devices (or those given), which the compiler may partition."""
+    """A mesh with the axes data, fsdp, tensor over the first devices (of those given); the compiler may partition."""
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    ordered = in_order(jax.devices() if devices is None else devices)[: math.prod(shape)]
+    return Mesh(np.array(ordered).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def in_order(devices: Sequence[Any]) -> list[Any]:
+    """Devices slice by slice and host by host: cut into a mesh, the last axes stay within a host as far as they fit."""
+    return sorted(devices, key=lambda device: (getattr(device, "slice_index", 0), device.process_index, device.id))
 
 
 def one_device_mesh() -> Mesh:
@@ -72,10 +90,45 @@ def _mesh_axes(axis: str) -> str | tuple[str, ...] | None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler where an activation lives; does nothing where no mesh is set (`jax.set_mesh`)."""
+    """Tells the compiler where an activation lives; does nothing where no mesh is set (`jax.set_mesh`).
+
+    A dimension of `GROUPED` that is shorter than its mesh axis stays whole.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    whole = [axis in GROUPED and size % ways(axis) for axis, size in zip(axes, x.shape, strict=True)]
+    axes = tuple(None if short else axis for axis, short in zip(axes, whole, strict=True))
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def ways(axis: str) -> int:
+    """Into how many parts the current mesh (`jax.set_mesh`) splits a logical axis; 1 where none is set."""
+    return _ways(jax.sharding.get_abstract_mesh().shape, _mesh_axes(axis))
+
+
+def _ways(shape: Mapping[str, int], part: str | tuple[str, ...] | None) -> int:
+    return math.prod(shape.get(name, 1) for name in ((part,) if isinstance(part, str) else part or ()))
+
+
+def spread(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
+    """Repeats each slice of dimension `dim` until every device of its mesh axis has one (see `GROUPED`).
+
+    With 2 heads on 8 devices: a b -> a a a a b b b b. Where the dimension divides, x is returned as it is.
+    """
+    split, size = ways(axes[dim]), x.shape[dim]
+    if size % split == 0:
+        return x
+    whole = constrain(x, *(None if i == dim else axis for i, axis in enumerate(axes)))
+    return constrain(jnp.repeat(whole, split // size, axis=dim), *axes)
+
+
+def copy_for_each(x: jax.Array, axis: str, *axes: str | None) -> jax.Array:
+    """[...] -> [R, ...], a copy of x for each of the R parts of logical `axis`; x itself has the logical `axes`.
+
+    The gradients of the copies are added only at the end. A weight that a loop uses is gathered once before the loop,
+    and its gradient reduced once after it, instead of in every iteration.
+    """
+    return constrain(jnp.broadcast_to(x, (ways(axis), *x.shape)), axis, *axes)
 
 
 def shardings(mesh: Mesh, variables: nnx.State) -> dict:
@@ -91,15 +144,36 @@ def shardings(mesh: Mesh, variables: nnx.State) -> dict:
 def _variable_sharding(mesh: Mesh, path: tuple, variable: nnx.Variable) -> NamedSharding:
     axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
     assert len(axes) == len(shape), (path, axes, shape)
-    partition = spec(axes)
-    for axis, size, part in zip(axes, shape, partition, strict=True):
-        ways = int(np.prod([mesh.shape[name] for name in ((part,) if isinstance(part, str) else part or ())]))
-        if size % ways:
+    parts = list(spec(axes))
+    for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        split = _ways(mesh.shape, parts[i])
+        if axis in GROUPED and split % size == 0 and split > size:
+            parts[i] = None
+        elif size % split:
             name = ".".join(map(str, path))
             raise UserError(
-                f"mesh.shape: {axis}={size} of {name} {shape} is not divisible by the mesh axis {part}={ways}"
+                f"mesh.shape: {axis}={size} of {name} {shape} is not divisible by the mesh axis {parts[i]}={split}; "
+                f"{nearest(size, split)} would do"
             )
-    return NamedSharding(mesh, partition)
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def zero1_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """The sharding of a parameter's optimizer moments, split over `data` too (ZeRO-1, Rajbhandari et al. 2020).
+
+    The largest dimension that divides is split further, one over `tensor` last of all: the gradient is a sum over rows,
+    which ends on the other dimensions' shards for nothing. A parameter without such a dimension keeps whole moments.
+    """
+    mesh, parts = leaf.sharding.mesh, list(leaf.sharding.spec)
+    parts += [None] * (len(leaf.shape) - len(parts))
+    inner = leaf.sharding.shard_shape(leaf.shape)
+    candidates = [i for i in range(len(inner)) if inner[i] % mesh.shape["data"] == 0]
+    if mesh.shape["data"] == 1 or not candidates:
+        return leaf.sharding
+    best = max(candidates, key=lambda i: ("tensor" not in (parts[i] or ()), inner[i]))
+    before = (parts[best],) if isinstance(parts[best], str) else tuple(parts[best] or ())
+    parts[best] = (*before, "data")
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model, random_parameters
-from neva_jax.parallel.mesh import replicated, shardings
+from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision.policy import frozen_dtype
 from neva_jax.training.checkpoint import available_components, check_compatible, load_components, locate, read_meta
 
@@ -49,7 +49,7 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
       UserError: a dimension that the mesh does not divide.
     """
     remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
-    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll)
+    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll, config.mesh)
     layout = shardings(mesh, state)
     trained = trained_components(config.model)
 
@@ -60,12 +60,41 @@ def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Param
     return graphdef, jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state), layout)
 
 
-def abstract_optimizer(optimizer: optax.GradientTransformation, trained: Parameters, mesh: Mesh) -> optax.OptState:
-    """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere."""
+def place_updates(
+    optimizer: optax.GradientTransformation, trained: Parameters, zero1: bool
+) -> optax.GradientTransformation:
+    """The optimizer with its place on the mesh: gradients are reduced onto the shards of the moments and no further.
+
+    With `zero1` the moments are split over `data` too: each device updates only its part of a parameter, and the
+    updates are gathered onto the parameters' shards. The numbers stay the same.
+
+    Args:
+      trained: shapes and shardings of the parameters.
+    """
+    ours = jax.tree.map(lambda leaf: leaf.sharding, trained)
+    finer = jax.tree.map(zero1_sharding, trained) if zero1 else ours
+    place = jax.lax.with_sharding_constraint
+
+    def update(grads: Parameters, state: optax.OptState, params: Parameters) -> tuple[Parameters, optax.OptState]:
+        updates, state = optimizer.update(place(grads, finer), state, place(params, finer))
+        return place(updates, ours), optax.tree_utils.tree_map_params(optimizer, place, state, finer)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def abstract_optimizer(
+    optimizer: optax.GradientTransformation, trained: Parameters, mesh: Mesh, zero1: bool = False
+) -> optax.OptState:
+    """Shapes and shardings of the optimizer's state: moments lie where their parameters lie, scalars everywhere.
+
+    With `zero1` moments are split over `data` too (see `place_updates`).
+    """
     state = jax.eval_shape(optimizer.init, trained)
     return optax.tree_utils.tree_map_params(
         optimizer,
-        lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
+        lambda leaf, param: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=zero1_sharding(param) if zero1 else param.sharding
+        ),
         state,
         trained,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
@@ -104,11 +133,17 @@ def initialise_parameters(
     params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
     if missing:
         say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
-        params |= _random({name: abstract[name] for name in missing}, config)
+        initialise = random_initialiser({name: abstract[name] for name in missing}, config)
+        params |= initialise(jax.random.key(config.run.seed))
     return {name: params[name] for name in COMPONENTS}
 
 
-def _random(abstract: Parameters, config: Config) -> Parameters:
+def random_initialiser(abstract: Parameters, config: Config) -> jax.stages.Wrapped:
+    """A compiled function: key -> random parameters of the components of `abstract`, made on their shards.
+
+    Each device draws its own shards alone: JAX's random bits are a function of an element's place.
+    """
+
     def initialise(rng: jax.Array) -> Parameters:
         params = random_parameters(config.model, config.precision, rng)
         return jax.tree.map(lambda shape, p: p.astype(shape.dtype), abstract, {name: params[name] for name in abstract})
@@ -116,7 +151,7 @@ def _random(abstract: Parameters, config: Config) -> Parameters:
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Runs once: unoptimised code compiles in a quarter of the time, and the values are the same.
     quickly = {"xla_backend_optimization_level": 0}
-    return jax.jit(initialise, out_shardings=layout, compiler_options=quickly)(jax.random.key(config.run.seed))
+    return jax.jit(initialise, out_shardings=layout, compiler_options=quickly)
 
 
 def initialise_optimizer(

@@ -42,7 +42,8 @@ def batch_nll(
     """
     model = nnx.merge(graphdef, params)
     hidden, _ = model(micro, packed, rng=rng)
-    return weighted_nll(model.llm.logits, hidden, micro["targets"], micro["loss_weights"], chunk)
+    kernel = model.llm.output_kernel()
+    return weighted_nll(model.llm.logits, kernel, hidden, micro["targets"], micro["loss_weights"], chunk)
 
 
 def gradients(

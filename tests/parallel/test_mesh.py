@@ -1,5 +1,9 @@
 """The table from logical to mesh axes, where parameters and batches land, and what does not divide."""
 
+import dataclasses
+import re
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +11,23 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from neva_jax.config import MeshConfig, nearest
 from neva_jax.errors import UserError
 from neva_jax.models.neva import abstract_model
-from neva_jax.parallel.mesh import constrain, make_mesh, one_device_mesh, place_batch, replicated, shardings, spec
+from neva_jax.parallel.mesh import (
+    constrain,
+    copy_for_each,
+    in_order,
+    make_mesh,
+    one_device_mesh,
+    place_batch,
+    replicated,
+    shardings,
+    spec,
+    spread,
+    ways,
+    zero1_sharding,
+)
 from tests.models.helpers import FP32, tiny_config
 
 
@@ -76,6 +94,34 @@ def test_replicated():
         np.testing.assert_array_equal(shard.data, np.arange(6))
 
 
+@dataclass(frozen=True)
+class FakeDevice:
+    """A device of several hosts, and perhaps of several slices."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+
+
+def test_data_runs_over_hosts_and_tensor_stays_on_one():
+    """2 hosts of 4 devices each, listed in turns: data=2,fsdp=2,tensor=2."""
+    devices = [FakeDevice(id=4 * host + i, process_index=host) for i in (2, 0, 3, 1) for host in (1, 0)]
+    mesh = np.array(in_order(devices)).reshape(2, 2, 2)
+    for data, host in enumerate(mesh):
+        assert {device.process_index for device in host.flat} == {data}
+        assert [device.id for device in host.flat] == [4 * data, 4 * data + 1, 4 * data + 2, 4 * data + 3]
+
+
+def test_a_slice_is_not_torn_apart_whatever_its_hosts_are_called():
+    devices = [FakeDevice(id=i, process_index=i % 4, slice_index=i % 2) for i in range(8)]
+    assert [device.slice_index for device in in_order(devices)] == [0] * 4 + [1] * 4
+
+
+def test_a_mesh_does_not_depend_on_how_devices_are_listed():
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert make_mesh(sizes, jax.devices()[::-1]) == make_mesh(sizes)
+
+
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 WHOLE = P(None)
@@ -101,9 +147,9 @@ EXPECTED = {
     "vision.layers.up_bias": P(None, "tensor"),
     "vision.layers.down": OUT,
     "vision.layers.down_bias": LAYER_WHOLE,
-    "projector.kernel_1": P(None, "fsdp"),
-    "projector.bias_1": WHOLE,
-    "projector.kernel_2": P("fsdp", None),
+    "projector.kernel_1": P("fsdp", "tensor"),
+    "projector.bias_1": P("tensor"),
+    "projector.kernel_2": P("tensor", "fsdp"),
     "projector.bias_2": WHOLE,
     "llm.embedding": P("tensor", "fsdp"),
     "llm.head": P("fsdp", "tensor"),
@@ -157,8 +203,76 @@ def test_what_one_device_holds(sizes, shapes):
     ],
 )
 def test_a_dimension_that_does_not_divide_is_named(config, sizes, message):
-    with pytest.raises(UserError, match=rf"^mesh\.shape: {message}$"):
+    with pytest.raises(UserError, match=rf"^mesh\.shape: {message}; .* would do$"):
         shardings(mesh_of(**sizes), abstract_model(config, FP32)[1])
+
+
+@pytest.mark.parametrize(
+    ("size", "ways", "text"),
+    [
+        (90, 4, "88 or 92 (or an axis of 3 or 5)"),
+        (6, 4, "4 or 8 (or an axis of 3 or 6)"),
+        (3, 8, "8 (or an axis of 3)"),
+        (7, 2, "6 or 8 (or an axis of 1 or 7)"),
+    ],
+)
+def test_nearest_sizes_that_divide(size, ways, text):
+    assert nearest(size, ways) == text
+    sizes, axes = (re.findall(r"\d+", part) for part in text.split("("))
+    assert not [number for number in sizes if int(number) % ways]
+    assert not [number for number in axes if size % int(number)]
+
+
+def with_kv_heads(count):
+    config = tiny_config(heads=8)
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, num_kv_heads=count))
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 4}, {"fsdp": 2, "tensor": 4}])
+def test_fewer_kv_heads_than_devices_lie_whole_on_each(sizes):
+    layout = by_name(shardings(mesh_of(**sizes), abstract_model(with_kv_heads(2), FP32)[1]))
+    assert layout["llm.layers.k"].spec == layout["llm.layers.v"].spec == P(None, "fsdp", None, None)
+    assert layout["llm.layers.q"].spec == TO_HEADS
+    split = by_name(shardings(mesh_of(**sizes), abstract_model(with_kv_heads(8), FP32)[1]))
+    assert split["llm.layers.k"].spec == TO_HEADS
+
+
+def test_kv_heads_that_are_no_divisor_are_refused():
+    config = dataclasses.replace(
+        tiny_config(), llm=dataclasses.replace(tiny_config().llm, num_heads=12, head_dim=4, num_kv_heads=6)
+    )
+    with pytest.raises(
+        UserError, match=r"kv_heads=6 of llm\.layers\.[kv] .* tensor=4; 4 or 8 \(or an axis of 3 or 6\)"
+    ):
+        shardings(mesh_of(tensor=4), abstract_model(config, FP32)[1])
+
+
+def test_a_vision_encoder_that_is_not_split_is_whole_on_each_device_of_tensor():
+    state = abstract_model(tiny_config(), FP32, mesh=MeshConfig(vision_tensor=False))[1]
+    layout = by_name(shardings(mesh_of(fsdp=2, tensor=4), state))
+    vision = {name: sharding.spec for name, sharding in layout.items() if name.startswith("vision.")}
+    assert not [name for name, partition in vision.items() if "tensor" in partition]
+    assert vision["vision.layers.q"] == P(None, "fsdp", None, None)
+    assert {name: sharding.spec for name, sharding in layout.items() if name not in vision} == {
+        name: partition for name, partition in EXPECTED.items() if name not in vision
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "partition", "expected"),
+    [
+        ({"data": 8}, (2, 32, 4, 8), (), P(None, "data", None, None)),  # the largest
+        ({"data": 4, "tensor": 2}, (2, 32, 64), (None, None, "tensor"), P(None, "data", "tensor")),  # not over tensor
+        ({"data": 4, "tensor": 2}, (2, 64), (None, "tensor"), P(None, ("tensor", "data"))),  # unless it must
+        ({"data": 2, "fsdp": 4}, (2, 32, 8), (None, "fsdp", None), P(None, ("fsdp", "data"), None)),
+        ({"data": 8}, (3, 5), (), P()),  # nothing divides
+        ({"fsdp": 8}, (2, 32), (None, "fsdp"), P(None, "fsdp")),  # nothing to split over
+    ],
+)
+def test_where_zero1_splits_a_moment(sizes, shape, partition, expected):
+    mesh = mesh_of(**sizes)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*partition)))
+    assert zero1_sharding(leaf) == NamedSharding(mesh, expected)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -208,3 +322,33 @@ def test_constrain_places_an_activation():
 def test_constrain_on_a_mesh_refuses_an_unknown_axis():
     with jax.set_mesh(mesh_of(data=2)), pytest.raises(ValueError, match="unknown logical axis 'width'"):
         jax.jit(lambda x: constrain(x, "batch", "width"))(jnp.zeros((8, 4)))
+
+
+def test_heads_are_repeated_until_each_device_has_one():
+    """2 heads on 4 devices; the gradient of a head is the sum over its two devices."""
+    x = np.arange(6, dtype=np.float32).reshape(3, 2, 1)
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
+    with jax.set_mesh(mesh_of(data=2, tensor=4)):
+        out = jax.jit(lambda x: spread(x, 1, (None, "kv_heads", None)))(x)
+        grad = jax.jit(jax.grad(lambda x: jnp.sum(spread(x, 1, (None, "kv_heads", None)) * weight)))(x)
+    np.testing.assert_array_equal(out, np.repeat(x, 2, axis=1))
+    assert {shard.data.shape for shard in out.addressable_shards} == {(3, 1, 1)}
+    np.testing.assert_array_equal(grad, weight.reshape(3, 2, 2, 1).sum(axis=2))
+
+
+def test_heads_that_divide_are_left_alone():
+    x = jnp.ones((3, 4, 1))
+    assert spread(x, 1, (None, "kv_heads", None)) is x
+    with jax.set_mesh(mesh_of(tensor=4)):
+        assert jax.eval_shape(lambda x: spread(x, 1, (None, "kv_heads", None)), x).shape == (3, 4, 1)
+
+
+def test_each_group_of_rows_has_a_copy():
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    assert copy_for_each(jnp.array(x), "batch", None, "vocab").shape == (1, 2, 4)
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, tensor=2)):
+        out = jax.jit(lambda x: copy_for_each(x, "batch", None, "vocab"))(x)
+        assert ways("batch") == 4
+    np.testing.assert_array_equal(out, np.broadcast_to(x, (4, 2, 4)))
+    assert {shard.data.shape for shard in out.addressable_shards} == {(1, 2, 2)}
+    assert ways("batch") == 1

@@ -28,10 +28,14 @@ def brute_force(hidden, kernel, targets, weights):
     return -(weights * np.log(picked)).sum(), grad_scores @ kernel.T, grad_kernel
 
 
+def logits_of(hidden, kernel):
+    return jnp.einsum("rbcd,rdv->rbcv", hidden, kernel)
+
+
 @partial(jax.jit, static_argnames="chunk")
 def loss_and_gradients(hidden, kernel, targets, weights, chunk):
     def loss(hidden, kernel):
-        return weighted_nll(lambda h: jnp.einsum("bcd,dv->bcv", h, kernel), hidden, targets, weights, chunk)
+        return weighted_nll(logits_of, kernel, hidden, targets, weights, chunk)
 
     total, (grad_hidden, grad_kernel) = jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
     return total, grad_hidden, grad_kernel
@@ -140,13 +144,13 @@ def test_only_chunks_with_labels_are_computed(labels, chunk, computed):
         weights[row, np.random.default_rng(row).permutation(T)[:count]] = 1
     calls = []
 
-    def logits(chunk_hidden):
+    def logits(chunk_hidden, kernel):
         jax.debug.callback(lambda: calls.append(chunk_hidden.shape))
-        return jnp.einsum("bcd,dv->bcv", chunk_hidden, kernel)
+        return logits_of(chunk_hidden, kernel)
 
-    jax.block_until_ready(jax.jit(lambda h: weighted_nll(logits, h, targets, weights, chunk))(hidden))
+    jax.block_until_ready(jax.jit(lambda h: weighted_nll(logits, kernel, h, targets, weights, chunk))(hidden))
     jax.effects_barrier()
-    assert calls == [(B, chunk, D)] * computed
+    assert calls == [(1, B, chunk, D)] * computed
 
 
 def test_logits_of_all_positions_never_exist():
@@ -154,10 +158,10 @@ def test_logits_of_all_positions_never_exist():
     hidden, kernel, targets = random_inputs()
     arguments = (hidden, kernel, targets, random_fractions())
     chunked, whole = (str(jax.make_jaxpr(partial(loss_and_gradients, chunk=chunk))(*arguments)) for chunk in (3, T))
-    assert f"[{B},{T},{V}]" in whole
-    assert f"[{B},3,{V}]" in chunked
-    for shape in (f"{B},{T},{V}", f"{B},12,{V}", f"4,{B},3,{V}"):  # whole, padded, chunks stacked
-        assert f"[{shape}]" not in chunked
+    assert f"[1,{B},{T},{V}]" in whole
+    assert f"[1,{B},3,{V}]" in chunked
+    for shape in (f"{B},{T},{V}", f"{B},12,{V}", f"4,1,{B},3,{V}"):  # whole, padded, chunks stacked
+        assert f"{shape}]" not in chunked
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -188,7 +192,7 @@ def test_padded_vocabulary_ids_never_contribute(tied, chunk):
     def run(hidden, kernel):
         def loss(hidden, kernel):
             model = nnx.merge(graphdef, {**params, name: kernel.T if tied else kernel})
-            return weighted_nll(model.logits, hidden, targets, weights, chunk)
+            return weighted_nll(model.logits, model.output_kernel(), hidden, targets, weights, chunk)
 
         total, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
         return total, *grads

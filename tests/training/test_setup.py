@@ -116,7 +116,9 @@ def test_parameters_are_described_with_their_shards_and_not_allocated():
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused():
-    with pytest.raises(UserError, match=r"^mesh\.shape: .* not divisible by the mesh axis tensor=8$"):
+    with pytest.raises(
+        UserError, match=r"^mesh\.shape: .* not divisible by the mesh axis tensor=8; 8 \(or an axis of 4\) would do$"
+    ):
         abstract_parameters(config_of(), mesh_of(tensor=8))
 
 

@@ -1,0 +1,178 @@
+"""Bytes that a step sends, by kind and mesh axis, and the step's time from stated rates.
+
+Bytes are those that one device sends in a ring over n devices (Patarasuk & Yuan 2009), S the size of the whole array:
+
+    all-gather, reduce-scatter    (n-1)/n · S
+    all-reduce                    2 (n-1)/n · S
+
+What is sent, for each of the A micro batches of a step (B rows of T tokens per group, L layers of width D):
+
+    fsdp     all-gather of weights in the compute dtype: forward, and again backward (ZeRO-3, Rajbhandari et al. 2020,
+             section 7.2); those of a frozen encoder forward only
+    fsdp     reduce-scatter of gradients, trained parameters only
+    data     all-reduce of gradients, trained parameters only (with mesh.zero1 the same bytes as reduce-scatter and
+             all-gather, section 7.1 there)
+    tensor   all-reduce of [B, T, D]: two per layer forward, two backward (Shoeybi et al. 2019, section 3), one more
+             where a layer is computed again; with sequence parallelism each as reduce-scatter and all-gather, the same
+             bytes (Korthikanti et al. 2022, section 4.2.2); one each for the embedding and the head's backward pass
+
+Gradients travel in the compute dtype, because XLA reduces a product's result before it is converted to fp32.
+
+Time: max(operations / rate, overlapped transfers) + transfers that are not. Those over data and fsdp depend on no
+activation and overlap with computing; those over tensor stand between two products and do not. Ranks are laid out with
+tensor innermost and data outermost. An axis that stays inside a node has NVLink; one that leaves it shares the network
+ports of those of its members that sit in one node, never faster than NVLink. Latency, norms, attention's softmax and
+the optimizer's arithmetic are not in it: it is a bound from below that ranks meshes, not a forecast of a measurement.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neva_jax.config import MESH_AXES, Config, trained_components
+from neva_jax.data.tiles import tiles_per_row
+from neva_jax.planning.flops import (
+    Flops,
+    flops_per_row,
+    labelled_positions,
+    recomputed_fraction,
+    vision_layers,
+    vision_tokens,
+)
+from neva_jax.planning.memory import Estimate
+from neva_jax.precision.policy import compute_dtype
+
+# TFLOP/s of an H200's matrix products: bf16 and FP8 measured at our shapes, fp32 80 % of what NVIDIA states for TF32.
+RATES = {"fp32": 400.0, "bf16": 790.0, "fp8": 1450.0}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device computes and sends, in operations and bytes per second; `network` is per device."""
+
+    flops: float
+    nvlink: float = 450e9
+    network: float = 50e9
+    per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective over one axis: bytes that a device sends per step, and their time."""
+
+    kind: str
+    what: str
+    axis: str
+    size: float
+    seconds: float
+    overlapped: bool
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A step on a mesh."""
+
+    flops: Flops
+    compute: float
+    transfers: tuple[Transfer, ...]
+    samples: int
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of the transfers that run beside the computation."""
+        return sum(transfer.seconds for transfer in self.transfers if transfer.overlapped)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of the transfers that the computation waits for."""
+        return sum(transfer.seconds for transfer in self.transfers if not transfer.overlapped)
+
+    @property
+    def seconds(self) -> float:
+        """Of one optimizer step."""
+        return max(self.compute, self.overlapped) + self.exposed
+
+
+def default_rate(config: Config) -> float:
+    """TFLOP/s of an H200 for the compute dtype of the configuration."""
+    return RATES[config.precision.compute.split("_")[0]]
+
+
+def predict(plan: Estimate, machine: Machine) -> Speed:
+    """Operations, transfers and time of one optimizer step of an estimated configuration."""
+    config, sizes = plan.config, plan.sizes
+    flops = flops_per_row(config, plan.backend)
+    rows = config.train.global_batch
+    compute = flops.hardware * rows / np.prod([sizes[axis] for axis in MESH_AXES]) / machine.flops
+    transfers = tuple(
+        Transfer(kind, what, axis, size, size / bandwidth(sizes, axis, machine), axis != "tensor")
+        for kind, what, axis, size in _transfers(plan)
+        if size
+    )
+    return Speed(flops, float(compute), transfers, rows)
+
+
+def bandwidth(sizes: dict[str, int], axis: str, machine: Machine) -> float:
+    """Bytes per second that a device sends along an axis."""
+    stride = int(np.prod([sizes[inner] for inner in MESH_AXES[MESH_AXES.index(axis) + 1 :]]))
+    if stride * sizes[axis] <= machine.per_node:
+        return machine.nvlink
+    in_one_node = max(machine.per_node // stride, 1)
+    return min(machine.nvlink, machine.network * in_one_node)
+
+
+def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
+    """(kind, what, axis, bytes that a device sends per step)."""
+    config, sizes, steps = plan.config, plan.sizes, plan.accumulate
+    data, fsdp, tensor = (sizes[axis] for axis in MESH_AXES)
+    item = jnp.dtype(compute_dtype(config.precision)).itemsize
+
+    gathered = reduced = whole = 0.0
+    for name, tree in plan.layout.items():
+        forward_only = name == "vision" and config.model.vision.freeze
+        for leaf in jax.tree.leaves(tree):
+            split = "fsdp" in leaf.sharding.spec
+            held = float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * item
+            gathered += held * fsdp * (1 if forward_only else 2) if split else 0.0
+            if name in trained_components(config.model):
+                reduced += held * fsdp if split else 0.0
+                whole += held
+    yield "all-gather", "weights", "fsdp", steps * gathered * _share(fsdp)
+    yield "reduce-scatter", "gradients", "fsdp", steps * reduced * _share(fsdp)
+    if config.mesh.zero1:
+        yield "reduce-scatter", "gradients", "data", steps * whole * _share(data)
+        yield "all-gather", "updates", "data", whole / item * 4 * _share(data)
+    else:
+        yield "all-reduce", "gradients", "data", 2 * steps * whole * _share(data)
+
+    ring = steps * _share(tensor)
+    llm_bytes = ring * _llm_activations(config) * item
+    vision_bytes = ring * _vision_activations(config) * item if config.mesh.vision_tensor else 0.0
+    if config.mesh.sequence_parallel:
+        yield "all-gather", "activations", "tensor", llm_bytes
+        yield "reduce-scatter", "activations", "tensor", llm_bytes
+        yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
+    else:
+        yield "all-reduce", "activations", "tensor", 2 * (llm_bytes + vision_bytes)
+
+
+def _llm_activations(config: Config) -> float:
+    """Values all-reduced over tensor per micro batch, in the language model."""
+    llm, rows = config.model.llm, config.train.micro_batch
+    again = recomputed_fraction(config) if config.train.remat == "full" else 0.0
+    layers = (4 + again) * llm.num_layers * config.data.max_length
+    return rows * llm.hidden_size * (layers + config.data.max_length + labelled_positions(config))
+
+
+def _vision_activations(config: Config) -> float:
+    """Values all-reduced over tensor per micro batch, in the encoder."""
+    vision, images = config.model.vision, config.train.micro_batch * tiles_per_row(config)
+    each = vision_tokens(vision) * vision.hidden_size
+    return images * each * vision_layers(vision) * (2 if vision.freeze else 4)
+
+
+def _share(ways: int) -> float:
+    return (ways - 1) / ways

@@ -1,0 +1,204 @@
+"""What one device computes in a step, traced from shapes: the real model code, nothing allocated, no device needed.
+
+The traced model is one device's share: under `tensor` its heads, MLP width and vocabulary rows are cut, its rows are
+the micro batch of one data-parallel group. What `fsdp` and sequence parallelism cut further is arithmetic
+(`memory.py`), because the program of a layer is the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Literal
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from neva_jax.config import (
+    MESH_AXES,
+    Config,
+    LlmConfig,
+    VisionConfig,
+    frozen_components,
+    head_dim,
+    kv_heads,
+    padded_vocab,
+    trained_components,
+)
+from neva_jax.data.tiles import tiles_per_row
+from neva_jax.models.layers import Remat
+from neva_jax.models.neva import abstract_model
+from neva_jax.parallel.mesh import spec
+from neva_jax.planning.liveness import Peak, nbytes, peak_bytes
+from neva_jax.precision.policy import compute_dtype, frozen_dtype
+from neva_jax.training.step import Arrays, Parameters, batch_nll, gradients
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One device's micro batch in bytes, before `fsdp` and sequence parallelism cut anything.
+
+    kept: (shape, dtype, bytes) of each array that the forward pass keeps for the backward pass.
+    peak: of the gradients' program: what is kept, gradients, and temporary buffers.
+    gradients: of the trained parameters.
+    parameter_shapes: of all parameters, to tell copies of weights from activations.
+    """
+
+    kept: tuple[tuple[tuple[int, ...], str, int], ...]
+    peak: Peak
+    gradients: int
+    parameter_shapes: frozenset[tuple[int, ...]]
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(
+        tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def attention_backend(config: Config) -> str:
+    """What `models.attention.choose_backend` takes on an NVIDIA GPU from Ampere on, whatever machine plans."""
+    width = head_dim(config.model.llm)
+    fits = compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    if config.model.attention == "auto":
+        return "cudnn" if fits else "xla"
+    return config.model.attention
+
+
+def batch_shapes(config: Config, accumulate: int, rows: int, mesh: jax.sharding.Mesh | None = None) -> Arrays:
+    """A step's batch [A, rows, ...] as shapes, spread over `mesh` if there is one (parallel.mesh.place_batch)."""
+    length, side = config.data.max_length, config.model.vision.image_size
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *spec(("batch",))))
+
+    def array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((accumulate, rows, *shape), dtype, sharding=sharding)
+
+    names = ("tokens", "targets", "positions", "segment_ids", "image_slots")
+    return {
+        **{name: array((length,), jnp.int32) for name in names},
+        "loss_weights": array((length,), jnp.float32),
+        "images": array((tiles_per_row(config), side, side, 3), jnp.uint8),
+    }
+
+
+def share_of_tensor(config: Config, ways: int) -> Config:
+    """The configuration of the model of which one device of the `tensor` axis holds all."""
+    llm, vision = config.model.llm, config.model.vision
+    rows = padded_vocab(llm) // ways
+    local_llm: LlmConfig = dataclasses.replace(
+        llm,
+        head_dim=head_dim(llm),
+        num_heads=llm.num_heads // ways,
+        num_kv_heads=max(kv_heads(llm) // ways, 1),
+        intermediate_size=llm.intermediate_size // ways,
+        vocab_size=rows,
+        vocab_multiple=1,
+    )
+    local_vision: VisionConfig = dataclasses.replace(vision, intermediate_size=vision.intermediate_size // ways)
+    model = dataclasses.replace(config.model, llm=local_llm, vision=local_vision)
+    return dataclasses.replace(config, model=model)
+
+
+def traced(config: Config, tensor: int, backend: str) -> Traced:
+    """Traces one device's share of a micro batch.
+
+    Args:
+      config: its accumulation is left out; `memory.py` adds what that holds.
+      tensor: size of the tensor axis, which divides heads, MLP width and vocabulary.
+      backend: `cudnn` or `xla`.
+    """
+    graphdef, trained, frozen = _model(share_of_tensor(config, tensor), backend, tensor)
+    chunk = config.train.loss_chunk
+    batch = batch_shapes(config, 1, config.train.micro_batch)
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+    def forward(trained: Parameters, frozen: Parameters, micro: Arrays) -> Callable:
+        return jax.vjp(lambda t: batch_nll(graphdef, {**frozen, **t}, micro, chunk), trained)[1]
+
+    def step(trained: Parameters, frozen: Parameters, batch: Arrays) -> Parameters:
+        return gradients(graphdef, trained, frozen, batch, chunk)[1]
+
+    with _flash_attention():
+        kept = _outputs(jax.make_jaxpr(forward)(trained, frozen, micro))
+        peak = peak_bytes(jax.make_jaxpr(step)(trained, frozen, batch))
+    leaves = jax.tree.leaves((trained, frozen))
+    return Traced(kept, peak, sum(map(nbytes, jax.tree.leaves(trained))), frozenset(leaf.shape for leaf in leaves))
+
+
+def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Parameters, Parameters]:
+    """(graph definition, trained parameters, frozen parameters) as shapes, as `training.setup.abstract_parameters`."""
+    train = config.train
+    remat = Remat(train.remat, train.remat_method, train.remat_layers)
+    # `xla` is the one backend that a machine without GPU makes a model for.
+    model_config = dataclasses.replace(config.model, attention="xla")
+    model = nnx.merge(*abstract_model(model_config, config.precision, remat, train.unroll))
+    model.llm.layers.backend = backend
+    graphdef, state = nnx.split(model)
+    trained_names = trained_components(config.model)
+
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if path[0].key in trained_names else frozen_dtype(config.precision)
+        shape = tuple(leaf.shape)
+        # The encoder's width must stay a multiple of its heads: they are cut here, not in the configuration.
+        if tensor > 1 and path[0].key == "vision":
+            named = zip(shape, _axes(state, path), strict=True)
+            shape = tuple(n // tensor if axis == "heads" else n for n, axis in named)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    params = jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state))
+    frozen_names = frozen_components(config.model)
+    return graphdef, {name: params[name] for name in trained_names}, {name: params[name] for name in frozen_names}
+
+
+def _axes(state: nnx.State, path: tuple) -> tuple[str | None, ...]:
+    node = state
+    for part in path:
+        node = node[part.key]
+    return node.get_metadata()["axes"]
+
+
+def _outputs(closed: ClosedJaxpr) -> tuple[tuple[tuple[int, ...], str, int], ...]:
+    """The arrays that a program returns, each once, without those that it was given, in this shape or another."""
+    given, found = set(closed.jaxpr.invars), {}
+    for eqn in closed.jaxpr.eqns:
+        if eqn.primitive.name == "reshape" and eqn.invars[0] in given:
+            given.update(eqn.outvars)
+    for var in closed.jaxpr.outvars:
+        if not isinstance(var, Literal) and var not in given and nbytes(var.aval):
+            found[var] = (tuple(var.aval.shape), var.aval.dtype.name, nbytes(var.aval))
+    return tuple(sorted(found.values(), key=lambda item: -item[2]))
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """A cuDNN kernel's shapes in place of the kernel, which cannot even be traced without its GPU.
+
+    Forward: output and one fp32 number per row and head (log of the softmax's sum); kept for the backward pass: q, k, v
+    and both (jax._src.cudnn.fused_attention_stablehlo, `_dot_product_attention_fwd_rule`).
+    """
+
+    @jax.custom_vjp
+    def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return forward(q, k, v)[0]
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        rows, length, heads, _ = q.shape
+        statistics = jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
+        out, kept = jax.pure_callback(_never, (jax.ShapeDtypeStruct(q.shape, q.dtype), statistics), q, k, v)
+        return out, (q, k, v, out, kept)
+
+    def backward(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3]]
+        return tuple(jax.pure_callback(_never, shapes, *kept, cotangent))
+
+    flash.defvjp(forward, backward)
+    with mock.patch.object(jax.nn, "dot_product_attention", lambda q, k, v, **_: flash(q, k, v)):
+        yield
+
+
+def _never(*_: jax.Array) -> None:
+    raise AssertionError("a shape is not a kernel")
