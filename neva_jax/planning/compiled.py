@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from neva_jax.checks import check_mesh
-from neva_jax.config import Config, frozen_components, trained_components
+from neva_jax.config import Config, dropout_seed, frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, replicated
 from neva_jax.planning.trace import batch_shapes
@@ -59,9 +59,8 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, trained, config.mesh.zero1)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trained, moments)
-    step = make_train_step(
-        graphdef, optimizer, learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
-    )
+    schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
+    step = make_train_step(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config))
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, frozen, batch).compile()

@@ -22,6 +22,7 @@ from neva_jax.config import (
     Config,
     LlmConfig,
     VisionConfig,
+    dropout_seed,
     frozen_components,
     head_dim,
     kv_heads,
@@ -64,6 +65,8 @@ def attention_backend(config: Config) -> str:
     """What `models.attention.choose_backend` takes on an NVIDIA GPU from Ampere on, whatever machine plans."""
     width = head_dim(config.model.llm)
     fits = compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    if config.data.pack or config.model.llm.attention_dropout:
+        return "xla"  # the other kernel has neither
     if config.model.attention == "auto":
         return "cudnn" if fits else "xla"
     return config.model.attention
@@ -112,15 +115,16 @@ def traced(config: Config, tensor: int, backend: str) -> Traced:
       backend: `cudnn` or `xla`.
     """
     graphdef, trained, frozen = _model(share_of_tensor(config, tensor), backend, tensor)
-    chunk = config.train.loss_chunk
+    chunk, packed = config.train.loss_chunk, config.data.pack
+    rng = None if dropout_seed(config) is None else jax.random.key(0)
     batch = batch_shapes(config, 1, config.train.micro_batch)
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
     def forward(trained: Parameters, frozen: Parameters, micro: Arrays) -> Callable:
-        return jax.vjp(lambda t: batch_nll(graphdef, {**frozen, **t}, micro, chunk), trained)[1]
+        return jax.vjp(lambda t: batch_nll(graphdef, {**frozen, **t}, micro, chunk, packed, rng), trained)[1]
 
     def step(trained: Parameters, frozen: Parameters, batch: Arrays) -> Parameters:
-        return gradients(graphdef, trained, frozen, batch, chunk)[1]
+        return gradients(graphdef, trained, frozen, batch, chunk, packed, rng)[1]
 
     with _flash_attention():
         kept = _outputs(jax.make_jaxpr(forward)(trained, frozen, micro))

@@ -36,6 +36,7 @@ def on(config: Config, shape: str) -> tuple[Config, dict[str, int]]:
         ("data=1", [FROZEN, "train.remat=dots", "train.unroll=2"]),
         ("data=1", [FROZEN, "train.remat=full", "train.remat_layers=4"]),
         ("data=1", [FROZEN, "train.remat=full", "train.remat_layers=8", "train.remat_method=block"]),
+        ("data=1", [FROZEN, "train.remat=dots", "data.pack=true"]),
         ("fsdp=4", ["train.remat=none"]),
         ("tensor=2", ["train.remat=dots"]),
         ("fsdp=4,tensor=2", ["train.remat=full"]),
@@ -185,3 +186,14 @@ def test_meshes_that_do_not_divide_are_said_with_both_numbers(shipped):
 def test_compiling_needs_the_devices(shipped):
     with pytest.raises(UserError, match="needs 16 devices, but 8 are here"):
         compile_step(shipped("pretrain_7b"), {"data": 16, "fsdp": 1, "tensor": 1})
+
+
+@pytest.mark.parametrize("override", ["data.pack=true", "model.llm.attention_dropout=0.1"])
+def test_what_the_fused_attention_kernel_cannot_do_costs_memory(shipped, override):
+    plain, other = (
+        estimate(shipped("pretrain_7b", "mesh.shape=data=1", "data.max_length=1024", *more), ONE)
+        for more in ([], [override])
+    )
+    assert (plain.backend, other.backend) == ("cudnn", "xla")
+    scores = 2 * plain.config.train.micro_batch * 32 * 1024**2  # bf16, of one layer
+    assert other.memory.total > plain.memory.total + scores
