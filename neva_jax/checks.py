@@ -97,7 +97,7 @@ def _check_tensor(config: Config, tensor: int) -> None:
     """What the axis tensor must divide. (Only the vocabulary can be padded without changing what a weight means.)"""
     llm, groups = config.model.llm, kv_heads(config.model.llm)
     whole = ["model.llm.num_heads", "model.llm.intermediate_size"]
-    if config.model.projector.kind.startswith("mlp"):  # its width inside
+    if projector_layers(config.model.projector.kind) > 1:  # its width inside
         whole.append("model.llm.hidden_size")
     if config.mesh.vision_tensor:
         whole += ["model.vision.num_heads", "model.vision.intermediate_size"]
@@ -353,10 +353,11 @@ def _check_training(config: Config) -> None:
             f"train.remat_layers={train.remat_layers} does not divide model.llm.num_layers={layers}, which "
             "train.remat_method=uniform needs"
         )
-    if train.remat != "none" and not config.model.vision.freeze and train.remat_layers > 1:
+    uniform = train.remat != "none" and train.remat_method == "uniform"
+    if uniform and not config.model.vision.freeze and train.remat_layers > 1:
         raise UserError(
             f"train.remat_layers={train.remat_layers} with model.vision.freeze=false: groups are of the language "
-            "model's layers; use 1"
+            "model's layers; use 1, or train.remat_method=block"
         )
     if config.checkpoint.contents == "trained" and config.model.init_from is None and frozen_components(config.model):
         raise UserError(

@@ -108,11 +108,12 @@ def run(config: Config) -> int:
     if start >= config.train.steps:
         print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
+    if resumed is None:
+        _write_config(run_dir, config)
+    # Measuring may take minutes, and a signal ends it at once: nothing is there yet to be saved.
+    said: list[str] = []
+    plans = plan_rows(train_rows, config, tokenizer, said.append, "training")
+    val_plans = None if val_rows is None else plan_rows(val_rows, config, tokenizer, said.append, "validation")
 
     with (
         StopRequest() as stop,
@@ -141,8 +142,11 @@ def run(config: Config) -> int:
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
         # --- the rows, and the programs that they feed
-        plans = plan_rows(train_rows, config, tokenizer, log.say, "training")
+        for line in said:
+            log.say(line)
         samples = _resumed_samples(progress, plans, train_rows)
+        if resumed is not None:
+            _write_config(run_dir, config)  # not before it may go on
         left = (config.train.steps - start) * config.train.global_batch
         stream = batches(train_rows, config, tokenizer, samples, left, plans)
         bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
@@ -153,7 +157,7 @@ def run(config: Config) -> int:
             validation = Validation(
                 make_eval_step(graphdef, chunk, packed),
                 val_rows,
-                plan_rows(val_rows, config, tokenizer, log.say, "validation"),
+                val_plans,
                 BadRowCount(val_rows, config.data, "val", log.bad_rows),
                 config,
                 tokenizer,
@@ -246,6 +250,14 @@ def run(config: Config) -> int:
             log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
     return 0
+
+
+def _write_config(run_dir: Path, config: Config) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
 
 
 def _resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources) -> int:

@@ -498,6 +498,11 @@ def other_tokenizer(tokenizer_path, tmp_path) -> Path:
         ("model.llm.freeze=true", "model.llm.freeze=True, but {run} was trained with False; use a new run.dir"),
         ("run.seed=1", "run.seed=1, but {run} was trained with 1234; use a new run.dir"),
         ("data.template=plain", "data.template=plain, but {run} was trained with v1; use a new run.dir"),
+        ("data.val_fraction=0.5", "data.val_fraction=0.5, but {run} was trained with 0.0; use a new run.dir"),
+        (
+            "data.sampling=replacement",
+            "data.sampling=replacement, but {run} was trained with epochs; use a new run.dir",
+        ),
     ],
 )
 def test_a_run_that_cannot_go_on_says_why(change, message, start, base, other_tokenizer):

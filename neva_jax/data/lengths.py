@@ -27,7 +27,7 @@ from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.templates import NEVA, TEMPLATES
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.errors import UserError
+from neva_jax.errors import UserError, WorkerError
 from neva_jax.files import usable_cores
 
 VERSION = 1  # of the tables: another one makes all of them anew
@@ -81,7 +81,7 @@ def row_lengths(sources: Sources, config: Config, tokenizer: Tokenizer, say: Cal
 
     Raises:
       UserError: the cache folder cannot be used, or a setting that the rows are encoded by is wrong.
-      RuntimeError: a process that measured has died.
+      WorkerError: a process that measured has died.
     """
     folder, names, digest = cache_folder(config.data.cache), [], hashlib.sha256()
     for source, source_config in enumerate(sources.configs):
@@ -139,9 +139,10 @@ def measure(sources: Sources, source: int, config: Config, tokenizer: Tokenizer)
                 parts.append(job.result())
                 progress.update(len(parts[-1]))
         except BrokenProcessPool:
-            raise RuntimeError(
-                f"a process that measured rows of {sources.configs[source].json} has died, perhaps for lack of memory; "
-                "fewer data.workers need less"
+            rows = sources.configs[source].json or sources.configs[source].records
+            raise WorkerError(
+                f"a process that measured rows of {rows} has died, perhaps for lack of memory; fewer data.workers "
+                "need less"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -179,6 +180,7 @@ def _key(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) ->
     ground: dict[str, Any] = {
         "version": VERSION,
         "rows": sources.fingerprint(source),
+        "tags_are_images": sources.tags_are_images(source),
         "tokenizer": [tokenizer.sha256, tokenizer.settings],
         "data": {name: getattr(data, name) for name in _DATA_KEYS},
         # Its content: a table whose template has been changed since is not found.

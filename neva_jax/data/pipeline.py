@@ -151,7 +151,8 @@ class SampleMaker:
                 ):
                     raise BadRow(
                         f"needs {length} tokens and {len(sample.tiles)} tiles, more than when its row was planned; "
-                        "its images have changed: delete data.cache"
+                        "its images have changed since, or were not there: delete data.cache before the next run; "
+                        "this one goes on with data.on_bad_row=skip"
                     )
             except BadRow as error:
                 bad.append(report(self.sources, ref, number, error))

@@ -158,12 +158,12 @@ class Sources:
 
     def raw(self, ref: RowRef) -> Any:
         """The row as an element of LLaVA JSON, unchecked. Raises BadRow: it is no JSON, or such SteerLM."""
-        file = self.files[ref.source]
-        raw = file.raw(ref.row)
-        # Where there are no images, an <img> tag is text: of HTML, say.
-        if file.lines and not isinstance(self.stores[ref.source], NoStore):
-            raw = from_steerlm(raw)
-        return raw
+        raw = self.files[ref.source].raw(ref.row)
+        return from_steerlm(raw) if self.tags_are_images(ref.source) else raw
+
+    def tags_are_images(self, source: int) -> bool:
+        """Whether `<img src=…>` in lines stands for an image; where there are no images it is text: of HTML, say."""
+        return self.files[source].lines and not isinstance(self.stores[source], NoStore)
 
     def read(self, ref: RowRef) -> Row:
         """The checked row; raises BadRow."""

@@ -101,7 +101,10 @@ def answer_questions(
             requests = [_request(engine, path, question, images) for question in group]
             # Rows that fill up the last batch keep its shape, so that nothing is compiled again.
             filled = requests + [requests[-1]] * (min(batch_size, len(questions)) - len(group))
-            replies = engine.generate(filled, options)[: len(group)]
+            try:
+                replies = engine.generate(filled, options)[: len(group)]
+            except BadRow as error:  # a Jinja template may refuse a conversation
+                raise UserError(f"{path}: lines {group[0].line} … {group[-1].line}: {error}") from None
             for question, reply in zip(group, replies, strict=True):
                 yield {
                     "question_id": question.id,

@@ -162,7 +162,10 @@ def _traced_part(config: Config) -> Config:
     """The configuration without what cannot change the traced program, so that a sweep traces each program once."""
     blank = Config()
     train = dataclasses.replace(config.train, global_batch=config.train.micro_batch, steps=1)
-    return dataclasses.replace(blank, model=config.model, data=config.data, precision=config.precision, train=train)
+    mesh = dataclasses.replace(blank.mesh, vision_tensor=config.mesh.vision_tensor)
+    return dataclasses.replace(
+        blank, model=config.model, data=config.data, mesh=mesh, precision=config.precision, train=train
+    )
 
 
 def _traced(config: Config, tensor: int, backend: str) -> Traced:

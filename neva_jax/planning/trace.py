@@ -101,7 +101,9 @@ def share_of_tensor(config: Config, ways: int) -> Config:
         vocab_size=rows,
         vocab_multiple=1,
     )
-    local_vision: VisionConfig = dataclasses.replace(vision, intermediate_size=vision.intermediate_size // ways)
+    # With mesh.vision_tensor=false the encoder is whole; that it then sees fewer images is not planned.
+    vision_ways = ways if config.mesh.vision_tensor else 1
+    local_vision: VisionConfig = dataclasses.replace(vision, intermediate_size=vision.intermediate_size // vision_ways)
     model = dataclasses.replace(config.model, llm=local_llm, vision=local_vision)
     return dataclasses.replace(config, model=model)
 
@@ -148,7 +150,7 @@ def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Par
         dtype = jnp.float32 if path[0].key in trained_names else frozen_dtype(config.precision)
         shape = tuple(leaf.shape)
         # The encoder's width must stay a multiple of its heads: they are cut here, not in the configuration.
-        if tensor > 1 and path[0].key == "vision":
+        if tensor > 1 and config.mesh.vision_tensor and path[0].key == "vision":
             named = zip(shape, _axes(state, path), strict=True)
             shape = tuple(n // tensor if axis == "heads" else n for n, axis in named)
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -11,7 +11,8 @@ from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, re
 # Changed, they would make another run of it: other weights, or other samples under the numbers already consumed.
 FIXED = (
     *(f"model.{name}.freeze" for name in COMPONENTS),
-    *("run.seed", "data.train", "data.template", "data.compat", "data.image_position"),
+    *("run.seed", "data.train", "data.val_fraction", "data.sampling"),
+    *("data.template", "data.compat", "data.image_position"),
 )
 
 

@@ -142,6 +142,17 @@ def test_other_content_and_another_tokenizer_make_them_anew(measured, tokenizer,
     assert after.digest != before.digest
 
 
+def test_the_same_lines_with_images_are_made_anew(measured, tmp_path):
+    """A SteerLM line's `<img>` tag is text without an images folder, and an image with one."""
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(json.dumps(conversation("0", '<img src="0.png"> What?', "x")) + "\n")
+    text, _ = measured(f"data.train=[{{json: {lines}}}]")
+    (tmp_path / "images").mkdir(exist_ok=True)
+    image, said = measured(f"data.train=[{{json: {lines}, images: {tmp_path / 'images'}}}]")
+    assert len(said) == 1
+    assert (text[0]["tiles"][0], image[0]["tiles"][0]) == (0, 1)
+
+
 def test_what_was_interrupted_leaves_nothing(measured, tmp_path, monkeypatch):
     real = Samples.measure
 

@@ -197,3 +197,15 @@ def test_what_the_fused_attention_kernel_cannot_do_costs_memory(shipped, overrid
     assert (plain.backend, other.backend) == ("cudnn", "xla")
     scores = 2 * plain.config.train.micro_batch * 32 * 1024**2  # bf16, of one layer
     assert other.memory.total > plain.memory.total + scores
+
+
+def test_an_encoder_that_tensor_does_not_split_is_planned_whole(shipped):
+    """Also where it has fewer heads than the axis has devices."""
+    split, whole = (
+        estimate(
+            shipped("pretrain_7b", f"mesh.vision_tensor={value}", f"model.vision.num_heads={heads}"),
+            {"data": 1, "fsdp": 1, "tensor": 16},
+        )
+        for value, heads in (("true", 16), ("false", 8))
+    )
+    assert whole.memory.frozen > split.memory.frozen
