@@ -7,12 +7,8 @@ changed is not found, and a table that is found holds.
 
 import hashlib
 import json
-import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,13 @@ from tqdm import tqdm
 from neva_jax.config import Config
 from neva_jax.data.cache import cache_folder, cached_array
 from neva_jax.data.chat_template import read_chat_template
+from neva_jax.data.processes import in_order
 from neva_jax.data.rows import BadRow, DroppedRow
 from neva_jax.data.samples import Samples
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.templates import NEVA, TEMPLATES
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.errors import UserError, WorkerError
+from neva_jax.errors import UserError
 from neva_jax.files import usable_cores
 
 VERSION = 1  # of the tables: another one makes all of them anew
@@ -121,31 +118,14 @@ def summary(table: np.ndarray) -> dict[str, int | float]:
 def measure(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) -> np.ndarray:
     """The table of one source, [rows] of ROW."""
     count, samples = sources.rows_in(source), Samples(sources, config, tokenizer)
-    starts = range(0, count, CHUNK)
-    processes = min(config.data.workers, usable_cores(), len(starts))
-    progress = tqdm(total=count, unit="row", unit_scale=True, desc="lengths", disable=None)
+    jobs = [(source, start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    processes = min(config.data.workers, usable_cores(), len(jobs))
+    what = f"measured rows of {sources.configs[source].json or sources.configs[source].records}"
     parts = []
-    with progress:
-        if processes < 2:
-            for start in starts:
-                parts.append(_measure_rows(samples, source, start, min(start + CHUNK, count)))
-                progress.update(len(parts[-1]))
-            return np.concatenate(parts)
-        # Not forked: this process may hold a device.
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (samples,))
-        try:
-            jobs = [pool.submit(_measure_in_process, source, start, min(start + CHUNK, count)) for start in starts]
-            for job in jobs:
-                parts.append(job.result())
-                progress.update(len(parts[-1]))
-        except BrokenProcessPool:
-            rows = sources.configs[source].json or sources.configs[source].records
-            raise WorkerError(
-                f"a process that measured rows of {rows} has died, perhaps for lack of memory; fewer data.workers "
-                "need less"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with tqdm(total=count, unit="row", unit_scale=True, desc="lengths", disable=None) as progress:
+        for part in in_order(_measure_rows, samples, jobs, processes, what):
+            parts.append(part)
+            progress.update(len(part))
     return np.concatenate(parts)
 
 
@@ -160,19 +140,6 @@ def _measure_rows(samples: Samples, source: int, start: int, end: int) -> np.nda
         except BadRow:
             table[i]["state"] = BAD
     return table
-
-
-_samples: Samples | None = None  # of a measuring process
-
-
-def _start(samples: Samples) -> None:
-    global _samples
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the main process, and that ends this one
-    _samples = samples
-
-
-def _measure_in_process(source: int, start: int, end: int) -> np.ndarray:
-    return _measure_rows(_samples, source, start, end)
 
 
 def _key(sources: Sources, source: int, config: Config, tokenizer: Tokenizer) -> str:

@@ -41,7 +41,9 @@ def in_order(work: Callable[..., Any], shared: Any, jobs: Iterable[tuple], proce
             yield result
         done = True
     except BrokenProcessPool:
-        raise WorkerError(f"a process that {what} has died, perhaps for lack of memory; use fewer --workers") from None
+        raise WorkerError(
+            f"a process that {what} has died, perhaps for lack of memory; fewer workers need less (data.workers)"
+        ) from None
     finally:
         # After an error nobody waits for what is under way.
         pool.shutdown(wait=done, cancel_futures=True)
