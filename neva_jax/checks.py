@@ -3,26 +3,19 @@
 import math
 from pathlib import Path
 
-from neva_jax.config import (
-    COMPONENTS,
-    Config,
-    DataConfig,
-    LlmConfig,
-    ModelConfig,
-    SourceConfig,
+from neva_jax.config import COMPONENTS, Config, DataConfig, LlmConfig, ModelConfig, SourceConfig, lookup, walk
+from neva_jax.data.templates import NEVA
+from neva_jax.data.tiles import tiles_per_row
+from neva_jax.derived import (
     frozen_components,
     head_dim,
     image_tokens,
     kv_heads,
-    lookup,
     nearest,
     padded_vocab,
     projector_layers,
     rotary_width,
-    walk,
 )
-from neva_jax.data.templates import NEVA
-from neva_jax.data.tiles import tiles_per_row
 from neva_jax.errors import UserError
 
 

@@ -7,12 +7,9 @@ what contradicts itself. `docs/configuration.md` is generated from the sentences
 # ruff: noqa: RUF009 (`key` makes a dataclass field)
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from neva_jax.errors import UserError
 
 
 def key(default: Any, doc: str) -> Any:
@@ -34,6 +31,17 @@ class RunConfig:
         "auto",
         "`auto` continues from the newest checkpoint in `run.dir` if there is one; `must` needs one; `never` refuses "
         "to start where there is one.",
+    )
+    allow_fallback: bool = key(
+        False, "Where the newest checkpoint is damaged, continue from the newest good one (`--allow-fallback`)."
+    )
+    allow_changed: list[str] = key(
+        [], "Keys that may differ from the run that is continued although they change it (`--allow-changed KEY`)."
+    )
+    compile_cache: str | None = key(
+        None,
+        "Folder of compiled programs, shared by all runs; null: neva_jax/compiled in $XDG_CACHE_HOME, else in "
+        "~/.cache; `off`: none.",
     )
 
 
@@ -142,11 +150,20 @@ class ModelConfig:
     init_from: str | None = key(
         None, "Checkpoint (a run's directory or one of its steps) that supplies the starting weights; null: random."
     )
+    init_parts: list[str] = key(
+        ["vision", "projector", "llm"], "Components that `model.init_from` supplies; the others start at random."
+    )
+    init_ema: bool = key(False, "Take the averaged weights (`optimizer.ema_decay`) of `model.init_from`.")
+    init_partial: bool = key(
+        False, "Parameters that `model.init_from` lacks, or has in another shape, start at random; a table says which."
+    )
     allow_random_frozen: bool = key(
         False, "Permit frozen parts without weights from `model.init_from`: they stay random, as in the quickstart."
     )
-    attention: Literal["auto", "xla", "cudnn"] = key(
-        "auto", "Attention kernel; `auto` takes cuDNN for bf16 on an NVIDIA GPU and XLA elsewhere."
+    attention: Literal["auto", "xla", "cudnn", "te"] = key(
+        "auto",
+        "Attention kernel; `auto` takes the fastest that can mask the batch: for bf16 on an NVIDIA GPU cuDNN, and "
+        "Transformer Engine's ragged one for packed rows; XLA elsewhere.",
     )
     vision: VisionConfig = key(VisionConfig, "")
     projector: ProjectorConfig = key(ProjectorConfig, "")
@@ -275,6 +292,32 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """FP8, for `precision.compute` fp8_delayed and fp8_current."""
+
+    backend: Literal["auto", "te", "xla"] = key(
+        "auto", "`te`: Transformer Engine; `xla`: plain XLA; `auto`: the first where it is there and runs, else `xla`."
+    )
+    format: Literal["hybrid", "e4m3"] = key(
+        "hybrid", "`hybrid`: gradients in e5m2, all else in e4m3; `e4m3`: everything (NeMo: fp8_hybrid, fp8_e4m3)."
+    )
+    margin: int = key(0, "`fp8_delayed`: the scale leaves this many powers of two free (NeMo: fp8_margin).")
+    amax_history: int = key(
+        1024, "`fp8_delayed`: steps whose largest values are remembered (NeMo: fp8_amax_history_len)."
+    )
+    amax_algorithm: Literal["max", "most_recent"] = key(
+        "max", "`fp8_delayed`: which of the remembered values sets the scale (NeMo: fp8_amax_compute_algo)."
+    )
+    layers: Literal["all", "mlp", "attention"] = key("all", "Which of the language model's linear layers run in FP8.")
+    first_layers_bf16: int = key(0, "The first layers of the language model that stay in bf16.")
+    last_layers_bf16: int = key(0, "The last layers of the language model that stay in bf16.")
+    vision: bool = key(False, "The vision encoder's linear layers in FP8 too, if it is frozen.")
+    quantize_frozen: bool = key(
+        True, "Frozen weights are quantized once, when they are loaded, instead of in every step."
+    )
+
+
+@dataclass(frozen=True)
 class PrecisionConfig:
     """Dtypes. Trained parameters are always fp32 masters."""
 
@@ -282,6 +325,7 @@ class PrecisionConfig:
     frozen: Literal["fp32", "bf16"] | None = key(
         None, "Dtype in which frozen weights are stored; null: fp32 for fp32 compute, else bf16."
     )
+    fp8: Fp8Config = key(Fp8Config, "")
 
 
 @dataclass(frozen=True)
@@ -317,6 +361,10 @@ class OptimizerConfig:
     eps: float = key(1e-8, "Adam's epsilon.")
     weight_decay: float = key(0.0, "Decoupled weight decay; norms, biases and other vectors are never decayed.")
     clip_norm: float | None = key(1.0, "Gradients are scaled down to this global norm; null: never.")
+    ema_decay: float | None = key(
+        None, "Keep an exponential moving average of the trained weights with this decay (NeMo: 0.9999); null: none."
+    )
+    ema_every: int = key(1, "Steps between updates of the average (NeMo: every_n_steps).")
 
 
 @dataclass(frozen=True)
@@ -324,12 +372,43 @@ class CheckpointConfig:
     """Checkpoints."""
 
     every: int = key(100, "Steps between checkpoints; the last step is always saved.")
+    every_minutes: float | None = key(None, "Minutes after which one is written in any case; null: steps alone count.")
     keep: int | None = key(2, "Checkpoints kept, newest first; null: all.")
+    keep_every: int | None = key(None, "Checkpoints at multiples of this step are kept as well; null: none.")
+    keep_best: int = key(0, "Checkpoints with the smallest `val_loss` that are kept as well (NeMo: save_top_k).")
+    verify: Literal["full", "size", "off"] = key(
+        "full", "What is compared with the digest manifest before a checkpoint is used: contents, sizes, or nothing."
+    )
     contents: Literal["auto", "trained", "full"] = key(
         "auto",
         "`trained` saves what is trained and refers to `model.init_from` for the rest; `full` saves every weight; "
         "`auto` is `trained` where `model.init_from` supplies the frozen parts, else `full`.",
     )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What stops a run that goes wrong, and how."""
+
+    on_bad: Literal["stop", "rollback"] = key(
+        "stop",
+        "After `max_bad_steps` steps in a row without finite loss and gradients: `stop`, or `rollback` to the last "
+        "checkpoint, to go on with other batches.",
+    )
+    max_bad_steps: int = key(5, "Such steps in a row that are skipped: they change nothing.")
+    max_rollbacks: int = key(2, "Rollbacks after which the run stops all the same.")
+    spike_factor: float | None = key(
+        None,
+        "A step whose loss lies more than this many times the spread (median absolute deviation) of the last "
+        "`spike_window` losses above their median is skipped too; null: never.",
+    )
+    spike_window: int = key(128, "See `spike_factor`.")
+    step_timeout: float | None = key(
+        1800.0,
+        "Seconds without a completed step, compiling included, after which the run says where it hangs and ends; "
+        "null: never.",
+    )
+    peer_timeout: float = key(60.0, "Seconds after which the other processes of a run end when one has died.")
 
 
 @dataclass(frozen=True)
@@ -371,6 +450,7 @@ class Config:
     train: TrainConfig = key(TrainConfig, "")
     optimizer: OptimizerConfig = key(OptimizerConfig, "")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "")
+    guard: GuardConfig = key(GuardConfig, "")
     eval: EvalConfig = key(EvalConfig, "")
     log: LogConfig = key(LogConfig, "")
     profile: ProfileConfig = key(ProfileConfig, "")
@@ -394,132 +474,3 @@ def lookup(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
-
-
-# --- derived numbers -------------------------------------------------------------------------------------------------
-
-
-def patch_grid(vision: VisionConfig) -> int:
-    """Patches along one side of the image that the encoder sees."""
-    return vision.image_size // vision.patch_size
-
-
-def token_grid(model: ModelConfig) -> int:
-    """Image tokens along one side of a tile: its patches, or half as many after `mlp_downsample`."""
-    patches = patch_grid(model.vision)
-    return -(-patches // 2) if model.projector.kind == "mlp_downsample" else patches
-
-
-def image_tokens(model: ModelConfig) -> int:
-    """P, the number of tokens that one tile takes: its grid, and the class token where it is kept."""
-    return token_grid(model) ** 2 + (model.vision.select_feature == "cls_patch")
-
-
-def projector_layers(kind: str) -> int:
-    """Linear layers of a projector; 0 for `identity`.
-
-    Raises:
-      UserError: no such kind.
-    """
-    if kind in ("identity", "linear", "mlp_downsample"):
-        return ("identity", "linear", "mlp_downsample").index(kind)
-    if match := re.fullmatch(r"mlp([1-9][0-9]*)x_gelu", kind):
-        return int(match[1])
-    raise UserError(
-        f"model.projector.kind={kind}: must be linear, mlp2x_gelu (or another number), identity or mlp_downsample"
-    )
-
-
-def kv_heads(llm: LlmConfig) -> int:
-    """G, the number of key and value heads."""
-    return llm.num_kv_heads if llm.num_kv_heads is not None else llm.num_heads
-
-
-def head_dim(llm: LlmConfig) -> int:
-    """Width of one head of the language model."""
-    return llm.head_dim if llm.head_dim is not None else llm.hidden_size // llm.num_heads
-
-
-def rotary_width(llm: LlmConfig) -> int:
-    """R, the channels of a head that the rotary embedding turns; the rest stay as they are."""
-    return int(head_dim(llm) * llm.rope_fraction)
-
-
-def dropout_seed(config: Config) -> int | None:
-    """The seed of the language model's dropout; None where it has none."""
-    llm = config.model.llm
-    return config.run.seed if llm.hidden_dropout or llm.attention_dropout or llm.ffn_dropout else None
-
-
-def padded_vocab(llm: LlmConfig) -> int:
-    """Rows of the embedding: the vocabulary padded up to a multiple of `vocab_multiple`."""
-    return -(-llm.vocab_size // llm.vocab_multiple) * llm.vocab_multiple
-
-
-def trained_components(model: ModelConfig) -> tuple[str, ...]:
-    """Names of the components that are trained, in order."""
-    return tuple(name for name in COMPONENTS if not getattr(model, name).freeze)
-
-
-def frozen_components(model: ModelConfig) -> tuple[str, ...]:
-    """Names of the components that are frozen, in order."""
-    return tuple(name for name in COMPONENTS if getattr(model, name).freeze)
-
-
-def parse_mesh_shape(text: str, devices: int) -> dict[str, int]:
-    """`data=2,tensor=4` and a number of devices -> sizes of all axes, in the order data, fsdp, tensor.
-
-    Raises:
-      UserError: bad syntax, an unknown or repeated axis, more than one -1, or sizes whose product is not `devices`.
-    """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.strip().partition("=")
-        if name not in MESH_AXES:
-            raise UserError(f"mesh.shape={text}: unknown axis {name!r}; the axes are {', '.join(MESH_AXES)}")
-        if name in sizes:
-            raise UserError(f"mesh.shape={text}: axis {name} is given twice")
-        try:
-            sizes[name] = int(number)
-        except ValueError:
-            raise UserError(f"mesh.shape={text}: {name} needs a whole number, as in data=2,tensor=4") from None
-        if sizes[name] < 1 and sizes[name] != -1:
-            raise UserError(f"mesh.shape={text}: {name}={sizes[name]} must be at least 1, or -1 for the rest")
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise UserError(f"mesh.shape={text}: only one axis may be -1, not {' and '.join(free)}")
-    product = 1
-    for size in sizes.values():
-        product *= 1 if size == -1 else size
-    if free and devices % product == 0:
-        sizes[free[0]] = devices // product
-        product = devices
-    if product != devices:
-        raise UserError(
-            f"mesh.shape={text}: the sizes make {product} devices, but {devices} are there; one axis may be -1 for the "
-            "rest, and CUDA_VISIBLE_DEVICES hides GPUs"
-        )
-    return {name: sizes.get(name, 1) for name in MESH_AXES}
-
-
-def nearest(size: int, ways: int) -> str:
-    """For a size that `ways` devices do not divide: the next sizes that they do, and numbers of devices that do."""
-    sizes = [number for number in (size // ways * ways, (size // ways + 1) * ways) if number]
-    fewer = max(number for number in range(1, ways) if size % number == 0)
-    more = next((number for number in range(ways + 1, size + 1) if size % number == 0), None)
-    counts = [fewer] if more is None else [fewer, more]
-    return f"{' or '.join(map(str, sizes))} (or an axis of {' or '.join(map(str, counts))})"
-
-
-def derived_comment(config: Config) -> str:
-    """Numbers that follow from the configuration, as YAML comments for `--print-config`."""
-    llm, vision = config.model.llm, config.model.vision
-    lines = [
-        f"image_tokens: {image_tokens(config.model)}   # per tile: {token_grid(config.model)} x "
-        f"{token_grid(config.model)}, select_feature {vision.select_feature}, projector {config.model.projector.kind}",
-        f"num_kv_heads: {kv_heads(llm)}",
-        f"head_dim: {head_dim(llm)}",
-        f"trained: {', '.join(trained_components(config.model)) or 'nothing'}",
-        f"frozen: {', '.join(frozen_components(config.model)) or 'nothing'}",
-    ]
-    return "# derived:\n" + "".join(f"#   {line}\n" for line in lines)

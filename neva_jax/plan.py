@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neva_jax.checks import check_numbers
-from neva_jax.config import Config, parse_mesh_shape
+from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.planning import report
 from neva_jax.planning.compiled import compile_step

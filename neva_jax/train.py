@@ -14,15 +14,7 @@ import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
-from neva_jax.config import (
-    COMPONENTS,
-    Config,
-    derived_comment,
-    dropout_seed,
-    frozen_components,
-    parse_mesh_shape,
-    trained_components,
-)
+from neva_jax.config import COMPONENTS, Config
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
@@ -31,6 +23,7 @@ from neva_jax.data.pipeline import Batch, batch_lengths, batches, plan_rows
 from neva_jax.data.plans import Plans
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.parallel.mesh import make_mesh, place_batch
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components

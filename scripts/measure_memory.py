@@ -134,8 +134,8 @@ def measure(name: str, size: str, steps: int, without_mesh: bool) -> dict[str, A
     import jax
 
     from neva_jax.checks import check_numbers
-    from neva_jax.config import frozen_components, trained_components
     from neva_jax.configfile import load_config
+    from neva_jax.derived import frozen_components, trained_components
     from neva_jax.parallel.mesh import make_mesh, place_batch
     from neva_jax.planning.compiled import compile_step
     from neva_jax.planning.memory import estimate
@@ -268,8 +268,8 @@ def made_up_rows(config: Any) -> dict[str, Any]:
     """A global batch of host arrays: image tokens first, then text, every text token labelled."""
     import numpy as np
 
-    from neva_jax.config import image_tokens
     from neva_jax.data.tiles import tiles_per_row
+    from neva_jax.derived import image_tokens
 
     rng = np.random.default_rng(config.run.seed)
     rows, length = config.train.global_batch, config.data.max_length

@@ -3,8 +3,9 @@
 import pytest
 
 from neva_jax.checks import check, check_mesh
-from neva_jax.config import Config, parse_mesh_shape
+from neva_jax.config import Config
 from neva_jax.configfile import load_config
+from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.training import setup
 

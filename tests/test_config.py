@@ -8,9 +8,9 @@ import yaml
 
 from neva_jax import train
 from neva_jax.checks import check, check_mesh
-from neva_jax.config import (
-    COMPONENTS,
-    Config,
+from neva_jax.config import COMPONENTS, Config, walk
+from neva_jax.configfile import config_from_dict, load_config, to_dict, to_yaml
+from neva_jax.derived import (
     derived_comment,
     frozen_components,
     head_dim,
@@ -19,9 +19,7 @@ from neva_jax.config import (
     padded_vocab,
     parse_mesh_shape,
     trained_components,
-    walk,
 )
-from neva_jax.configfile import config_from_dict, load_config, to_dict, to_yaml
 from neva_jax.training.checkpoint import check_compatible
 
 ROOT = Path(__file__).parent.parent

@@ -89,7 +89,7 @@ def test_template_comments_every_example():
     expected = {
         name.rpartition(".")[2]
         for name, item in walk()
-        if name in ("data.train", "data.val", "data.length_buckets")
+        if name in ("data.train", "data.val", "data.length_buckets", "run.allow_changed")
         or (item.default is None and name != "profile.start_step")
     }
     assert examples == expected

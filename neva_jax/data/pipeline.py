@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from neva_jax.config import Config, image_tokens
+from neva_jax.config import Config
 from neva_jax.data.bad_rows import BadRowReport, report
 from neva_jax.data.lengths import row_lengths
 from neva_jax.data.packing import training_row
@@ -29,6 +29,7 @@ from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.data.watch import THREADS, Board, Watched
+from neva_jax.derived import image_tokens
 
 ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
 ATTEMPTS = 100  # places of the order that may fail one after another; past them the source itself is broken

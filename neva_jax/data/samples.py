@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from neva_jax.config import Config, DataConfig, image_tokens
+from neva_jax.config import Config, DataConfig
 from neva_jax.data.encoding import Encoded, conversation_encoder, fit_length
 from neva_jax.data.images import decode_image, image_size, sample_frames
 from neva_jax.data.rows import VIDEO_MARK, BadRow, Row, Turn
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import ImageSpan, Picture, frames_per_video, image_span, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import image_tokens
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from neva_jax.config import Config, DataConfig, image_tokens, token_grid
+from neva_jax.config import Config, DataConfig
 from neva_jax.data.resize import resize
 from neva_jax.data.rows import BadRow
+from neva_jax.derived import image_tokens, token_grid
 
 TEXT, NEWLINE = -1, -2  # the slots that are no feature
 

@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from neva_jax.config import Config, LlmConfig, VisionConfig, head_dim, image_tokens, kv_heads
+from neva_jax.config import Config, LlmConfig, VisionConfig
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import head_dim, image_tokens, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.interop.hf_config import ACTIVATIONS, VISION_FIELDS, hf_class
 

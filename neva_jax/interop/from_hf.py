@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from neva_jax.config import COMPONENTS, Config, DataConfig, ModelConfig, PrecisionConfig, padded_vocab
+from neva_jax.config import COMPONENTS, Config, DataConfig, ModelConfig, PrecisionConfig
 from neva_jax.configfile import to_yaml
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import padded_vocab
 from neva_jax.errors import UserError
 from neva_jax.interop.names import Parameter, check_tensors, parameters
 from neva_jax.interop.output import check_folder, readable, replacing_folder

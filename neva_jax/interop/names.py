@@ -17,15 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from neva_jax.config import (
-    LlmConfig,
-    ModelConfig,
-    ProjectorConfig,
-    VisionConfig,
-    head_dim,
-    kv_heads,
-    projector_layers,
-)
+from neva_jax.config import LlmConfig, ModelConfig, ProjectorConfig, VisionConfig
+from neva_jax.derived import head_dim, kv_heads, projector_layers
 from neva_jax.errors import UserError
 from neva_jax.interop.tensors import Tensor, Tensors
 

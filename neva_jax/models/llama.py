@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import LlmConfig, MeshConfig, head_dim, kv_heads, padded_vocab, rotary_width
+from neva_jax.config import LlmConfig, MeshConfig
+from neva_jax.derived import head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain, spread

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import MeshConfig, ModelConfig, PrecisionConfig, head_dim
+from neva_jax.config import MeshConfig, ModelConfig, PrecisionConfig
+from neva_jax.derived import head_dim
 from neva_jax.models.attention import choose_backend
 from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.llama import LayerCache, Llama

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from neva_jax.config import ProjectorConfig, projector_layers
+from neva_jax.config import ProjectorConfig
+from neva_jax.derived import projector_layers
 from neva_jax.models.layers import LayerNorm, normal, param, uniform
 from neva_jax.parallel.mesh import constrain
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from neva_jax.config import VisionConfig, patch_grid
+from neva_jax.config import VisionConfig
+from neva_jax.derived import patch_grid
 from neva_jax.models.attention import attend
 from neva_jax.models.layers import LayerNorm, Remat, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain

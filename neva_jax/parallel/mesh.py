@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neva_jax.config import MESH_AXES, nearest
+from neva_jax.config import MESH_AXES
+from neva_jax.derived import nearest
 from neva_jax.errors import UserError
 
 LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {

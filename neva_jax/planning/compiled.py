@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from neva_jax.checks import check_mesh
-from neva_jax.config import Config, dropout_seed, frozen_components, trained_components
+from neva_jax.config import Config
+from neva_jax.derived import dropout_seed, frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, replicated
 from neva_jax.planning.trace import batch_shapes

@@ -14,18 +14,9 @@ model's operations; `recomputed` adds what the hardware does again for the sake 
 
 from dataclasses import dataclass
 
-from neva_jax.config import (
-    Config,
-    LlmConfig,
-    VisionConfig,
-    head_dim,
-    image_tokens,
-    kv_heads,
-    padded_vocab,
-    patch_grid,
-    projector_layers,
-)
+from neva_jax.config import Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
+from neva_jax.derived import head_dim, image_tokens, kv_heads, padded_vocab, patch_grid, projector_layers
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from neva_jax.checks import check_numbers
-from neva_jax.config import Config, frozen_components, image_tokens
+from neva_jax.config import Config
 from neva_jax.data.tiles import tiles_per_row
+from neva_jax.derived import frozen_components, image_tokens
 from neva_jax.errors import UserError
 from neva_jax.planning.memory import Estimate, estimate
 from neva_jax.planning.speed import Machine, predict

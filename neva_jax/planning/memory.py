@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 from neva_jax.checks import check_mesh
-from neva_jax.config import Config, frozen_components, padded_vocab, trained_components
+from neva_jax.config import Config
+from neva_jax.derived import frozen_components, padded_vocab, trained_components
 from neva_jax.planning.liveness import nbytes
 from neva_jax.planning.trace import (
     Traced,

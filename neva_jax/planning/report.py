@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from neva_jax.config import MESH_AXES, Config, frozen_components, trained_components
+from neva_jax.config import MESH_AXES, Config
+from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.planning.compiled import Compiled
 from neva_jax.planning.knobs import Knob, shape_text

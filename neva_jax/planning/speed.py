@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neva_jax.config import MESH_AXES, Config, trained_components
+from neva_jax.config import MESH_AXES, Config
 from neva_jax.data.tiles import tiles_per_row
+from neva_jax.derived import trained_components
 from neva_jax.planning.flops import (
     Flops,
     flops_per_row,

@@ -17,19 +17,9 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from neva_jax.config import (
-    MESH_AXES,
-    Config,
-    LlmConfig,
-    VisionConfig,
-    dropout_seed,
-    frozen_components,
-    head_dim,
-    kv_heads,
-    padded_vocab,
-    trained_components,
-)
+from neva_jax.config import MESH_AXES, Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
+from neva_jax.derived import dropout_seed, frozen_components, head_dim, kv_heads, padded_vocab, trained_components
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import spec

@@ -24,9 +24,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from neva_jax.config import Config, head_dim, kv_heads
+from neva_jax.config import Config
 from neva_jax.configfile import config_from_dict, to_dict
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 
 FORMAT = 1

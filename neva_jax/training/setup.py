@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from neva_jax.config import COMPONENTS, Config, frozen_components, trained_components
+from neva_jax.config import COMPONENTS, Config
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model, random_parameters

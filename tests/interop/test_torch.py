@@ -13,8 +13,9 @@ import transformers  # noqa: E402
 from flax import nnx  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from neva_jax.config import Config, image_tokens  # noqa: E402
+from neva_jax.config import Config  # noqa: E402
 from neva_jax.data.tiles import image_span, picture  # noqa: E402
+from neva_jax.derived import image_tokens  # noqa: E402
 from neva_jax.interop.tensors import open_weights  # noqa: E402
 from neva_jax.models.neva import Neva  # noqa: E402
 from neva_jax.training.checkpoint import locate, read_meta  # noqa: E402

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from neva_jax.config import PrecisionConfig, frozen_components, image_tokens, trained_components
+from neva_jax.config import PrecisionConfig
+from neva_jax.derived import frozen_components, image_tokens, trained_components
 from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.neva import Neva, abstract_model, random_parameters
 from neva_jax.parallel.mesh import LOGICAL_AXES, spec

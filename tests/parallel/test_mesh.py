@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from neva_jax.config import MeshConfig, nearest
+from neva_jax.config import MeshConfig
+from neva_jax.derived import nearest
 from neva_jax.errors import UserError
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import (

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from neva_jax.config import Config, padded_vocab, parse_mesh_shape
+from neva_jax.config import Config
+from neva_jax.derived import padded_vocab, parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.planning.compiled import compile_step
 from neva_jax.planning.memory import GIB, Estimate, estimate

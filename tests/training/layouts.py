@@ -20,10 +20,8 @@ from neva_jax.config import (
     PrecisionConfig,
     TrainConfig,
     VisionConfig,
-    frozen_components,
-    parse_mesh_shape,
-    trained_components,
 )
+from neva_jax.derived import frozen_components, parse_mesh_shape, trained_components
 from neva_jax.parallel.mesh import make_mesh, one_device_mesh, place_batch, replicated
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import (

@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from neva_jax.config import OptimizerConfig, frozen_components, image_tokens, trained_components
+from neva_jax.config import OptimizerConfig
 from neva_jax.data.encoding import Encoded
 from neva_jax.data.packing import training_row
+from neva_jax.derived import frozen_components, image_tokens, trained_components
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import make_mesh, place_batch, shardings
 from neva_jax.training.optimizer import learning_rate, make_optimizer
