@@ -126,6 +126,7 @@ def _check_tensor(config: Config, tensor: int) -> None:
 
 
 _AT_LEAST_ONE = """
+    precision.fp8.amax_history
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
     data.max_length data.images_per_row data.segments_per_row model.vision.position_image_size model.llm.sliding_window
     model.llm.rope_original_length
@@ -135,6 +136,7 @@ _AT_LEAST_ONE = """
     model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim
 """
 _NOT_NEGATIVE = """
+    precision.fp8.margin precision.fp8.first_layers_bf16 precision.fp8.last_layers_bf16
     run.seed data.workers data.video_frames data.max_bad_fraction
     optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps optimizer.weight_decay
 """
@@ -327,8 +329,7 @@ def _check_template(data: DataConfig) -> None:
 
 def _check_training(config: Config) -> None:
     optimizer, train = config.optimizer, config.train
-    if config.precision.compute.startswith("fp8"):
-        raise UserError(f"precision.compute={config.precision.compute}: FP8 is not available yet; use bf16 or fp32")
+    _check_fp8(config)
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
     if optimizer.warmup_steps + optimizer.constant_steps > train.steps:
@@ -355,6 +356,29 @@ def _check_training(config: Config) -> None:
     if config.checkpoint.contents == "trained" and config.model.init_from is None and frozen_components(config.model):
         raise UserError(
             "checkpoint.contents=trained would lose the frozen random weights; use full, or set model.init_from"
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    compute, fp8, layers = config.precision.compute, config.precision.fp8, config.model.llm.num_layers
+    if not compute.startswith("fp8"):
+        return
+    first, last = fp8.first_layers_bf16, fp8.last_layers_bf16
+    if first + last >= layers:
+        raise UserError(
+            f"precision.fp8.first_layers_bf16={first} and last_layers_bf16={last} leave none of "
+            f"model.llm.num_layers={layers} in FP8; use precision.compute=bf16"
+        )
+    if config.precision.frozen == "fp32":
+        raise UserError(f"precision.frozen=fp32 has no effect with precision.compute={compute}; use bf16")
+    if fp8.vision and not config.model.vision.freeze:
+        raise UserError("precision.fp8.vision=true needs model.vision.freeze=true")
+    uniform = config.train.remat != "none" and config.train.remat_method == "uniform"
+    group = config.train.remat_layers if uniform else 1
+    if first % group or last % group:
+        raise UserError(
+            f"train.remat_layers={group} does not divide precision.fp8.first_layers_bf16={first} and "
+            f"last_layers_bf16={last}, which train.remat_method=uniform needs"
         )
 
 

@@ -25,18 +25,23 @@ from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.models import attention
 from neva_jax.parallel.mesh import make_mesh, place_batch
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
+from neva_jax.precision import fp8
+from neva_jax.precision.policy import compute_dtype
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components
 from neva_jax.training.guard import StopRequest
 from neva_jax.training.metrics import RunLog, check_loggers
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.profiling import Trace
-from neva_jax.training.resume import changes, resumed_meta
+from neva_jax.training.resume import changes, resumed_fp8_state, resumed_meta
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
+    initial_fp8_state,
     initialise_optimizer,
     initialise_parameters,
+    load_parameters,
     place_updates,
     saved_components,
     starting_weights,
@@ -97,6 +102,10 @@ def run(config: Config) -> int:
     else:
         contents, base = resumed.components, resumed.base
         sources = available_components(run_dir / "checkpoints" / str(start))
+    # Weights that checkpoints hold cannot be held in FP8 alone.
+    quantize_frozen = "llm" not in contents
+    if not quantize_frozen:
+        graphdef, abstract = abstract_parameters(config, mesh, quantize_frozen)
     check_loggers(config.log)
     if start >= config.train.steps:
         print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
@@ -125,14 +134,20 @@ def run(config: Config) -> int:
                 start, {name: abstract[name] for name in contents}, abstract_moments
             )
             elsewhere = {name: abstract[name] for name in COMPONENTS if name not in contents}
-            params |= load_components(elsewhere, sources)
+            params |= load_parameters(config, elsewhere, sources)
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments)
+        fp8_state = initial_fp8_state(config, mesh)
+        if fp8_state and resumed is not None:
+            fp8_state = resumed_fp8_state(checkpoints, start, resumed.config, config, fp8_state, log.say)
+        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments, fp8_state)
         frozen_params = {name: params[name] for name in frozen}
         del params
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
+        log.say(attention.describe(config.model, compute_dtype(config.precision), config.data.pack, mesh.size))
+        if config.precision.compute.startswith("fp8"):
+            log.say(fp8.describe(config, mesh.size, config.precision.fp8.quantize_frozen and quantize_frozen))
 
         # --- the rows, and the programs that they feed
         for line in said:
@@ -175,6 +190,7 @@ def run(config: Config) -> int:
                 state.optimizer,
                 {"samples": samples, "plan": None if plans is None else plans.digest},
                 Meta(step, config, contents, base, tokenizer),
+                state.fp8,
             )
 
         # The run may have been killed between saving and validating.
@@ -310,7 +326,8 @@ class Validation:
             _count_bad_rows(batch, self.bad_rows, self.log, step)
             surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
             batch.arrays["loss_weights"][surplus] = 0
-            nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
+            placed = place_batch(mesh, batch.arrays, self.accumulate)
+            nll, weight = self.eval_step(state.trained, frozen, placed, state.fp8)
             total, weights = total + float(nll), weights + float(weight)
         return total / weights
 

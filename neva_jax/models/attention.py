@@ -8,11 +8,32 @@ with a sliding window W    of all those, the last W only, itself included
 B rows, T query tokens, S key tokens, H query heads, G key/value heads (H = G * R), K head width.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
+from neva_jax.config import ModelConfig
+from neva_jax.derived import head_dim
 from neva_jax.errors import UserError
 from neva_jax.models.layers import dropout
+from neva_jax.precision import te
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The kernels of a model: for rows of one segment, for packed rows, and in the vision encoder.
+
+    segments: the most segments of a packed row, padding as one of them (Transformer Engine's kernel must know).
+    """
+
+    single: str = "xla"
+    packed: str = "xla"
+    vision: str = "xla"
+    segments: int = 1
+
+
+XLA = Backends()
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -27,6 +48,8 @@ def attend(
     positions: jax.Array | None = None,
     window: int | None = None,
     backend: str = "xla",
+    segment_positions: jax.Array | None = None,
+    segments: int = 1,
     dropout_rate: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -39,7 +62,8 @@ def attend(
       segment_ids: [B, T] i32, T = S: attention stays inside a segment. None: one segment per row.
       positions: [B, T] i32: keys are a cache whose slot j holds position j; token at position p sees slots 0 ... p.
       window: W, tokens that a token sees, itself included; only with a causal mask. None: all.
-      backend: `xla`, or `cudnn` (bf16 or fp16 on a GPU; no segments, no cache, no dropout).
+      backend: `xla`; `cudnn` (bf16 or fp16 on a GPU; no segments, no cache, no dropout); or `te` (with segments only).
+      segment_positions: [B, T] i32, each token's place in its segment, and `segments`, the most in a row: for `te`.
       dropout_rate, rng: part of the weights that is zeroed, and by which key; None zeroes nothing.
 
     Returns:
@@ -55,6 +79,12 @@ def attend(
             raise ValueError("attention backend cudnn has no dropout; use xla")
         local = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn")
+    if backend == "te":
+        if segment_ids is None or not causal or (dropout_rate and rng is not None):
+            raise ValueError("attention backend te is for causal attention in packed rows, without dropout")
+        from neva_jax.models.attention_te import ragged
+
+        return ragged(q, k, v, segment_ids, segment_positions, segments, window)
     b, t, h, width = q.shape
     groups = k.shape[2]
     grouped = q.reshape(b, t, groups, h // groups, width)  # [B, T, G, R, K]
@@ -88,7 +118,7 @@ def _mask(
 
 
 def choose_backend(name: str, dtype: jnp.dtype, width: int, dropout_rate: float = 0.0) -> str:
-    """The kernel for heads of K = `width`: `auto` -> `cudnn` where it runs, else `xla`; other names stay.
+    """The kernel for rows of one segment, heads of K = `width`: `cudnn` for `auto` and `te` where it runs, else `xla`.
 
     Raises:
       UserError: `cudnn` is asked for where it does not run, or with dropout.
@@ -98,18 +128,79 @@ def choose_backend(name: str, dtype: jnp.dtype, width: int, dropout_rate: float 
         raise UserError(
             f"model.attention=cudnn has no dropout (model.llm.attention_dropout={dropout_rate}); use auto or xla"
         )
-    if dropout_rate:
-        return "xla"
-    device = jax.devices()[0]
-    on_gpu = device.platform == "gpu" and "NVIDIA" in device.device_kind.upper()
-    # jax.nn.dot_product_attention's own conditions; Ampere is 8.0.
-    modern = on_gpu and float(getattr(device, "compute_capability", "0")) >= 8
-    possible = modern and dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    possible = _cudnn_problem(dtype, width) is None
     if name == "cudnn" and not possible:
         raise UserError(
             f"model.attention=cudnn needs bf16 (here {jnp.dtype(dtype).name}), a head width divisible by 8 and at most "
-            f"128 (here {width}), and an NVIDIA GPU from Ampere on (here {device.device_kind}); use auto"
+            f"128 (here {width}), and an NVIDIA GPU from Ampere on (here {jax.devices()[0].device_kind}); use auto"
         )
-    if name == "auto":
-        return "cudnn" if possible else "xla"
-    return name
+    return "cudnn" if possible and not dropout_rate and name != "xla" else "xla"
+
+
+def choose_packed_backend(
+    name: str, dtype: jnp.dtype, width: int, dropout_rate: float = 0.0, devices: int = 1
+) -> tuple[str, str]:
+    """(kernel for packed rows, why): Transformer Engine's for `auto` and `te` where it runs, else `xla`.
+
+    Raises:
+      UserError: `te` is asked for where it does not run.
+    """
+    if name in ("xla", "cudnn"):
+        return "xla", "as configured" if name == "xla" else "cudnn knows no segments"
+    problem = _cudnn_problem(dtype, width)
+    if dropout_rate:
+        problem = f"no other has dropout (model.llm.attention_dropout={dropout_rate})"
+    if problem is None and devices > 1:
+        problem = f"Transformer Engine serves one device so far, the mesh has {devices}"
+    if problem is None:
+        problem = te.problem()
+    if problem is None:
+        return "te", "Transformer Engine is there"
+    if name == "te":
+        raise UserError(f"model.attention=te: {problem}; use auto or xla")
+    return "xla", problem
+
+
+def _cudnn_problem(dtype: jnp.dtype, width: int) -> str | None:
+    """Why cuDNN's kernels, Transformer Engine's too, cannot be used (jax.nn.dot_product_attention's rules), or None."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
+        return f"no NVIDIA GPU ({device.platform})"
+    if float(getattr(device, "compute_capability", "0")) < 8:
+        return f"{device.device_kind} is older than Ampere"
+    if dtype != jnp.bfloat16:
+        return f"{jnp.dtype(dtype).name}, not bf16"
+    if width % 8 or width > 128:
+        return f"a head width of {width}"
+    return None
+
+
+def choose_backends(config: ModelConfig, dtype: jnp.dtype, segments: int = 1, devices: int = 1) -> Backends:
+    """The kernels of a whole model. `segments`: most in a packed row, padding as one; 1: rows are never packed.
+
+    Raises:
+      UserError: a kernel is asked for where it does not run.
+    """
+    name, width, rate = config.attention, head_dim(config.llm), config.llm.attention_dropout
+    vision_width = config.vision.hidden_size // config.vision.num_heads
+    packed = choose_packed_backend(name, dtype, width, rate, devices)[0] if segments > 1 else "xla"
+    return Backends(
+        single=choose_backend(name, dtype, width, rate),
+        packed=packed,
+        vision=choose_backend("xla" if name == "xla" else "auto", dtype, vision_width),
+        segments=segments,
+    )
+
+
+def describe(config: ModelConfig, dtype: jnp.dtype, packed: bool, devices: int = 1) -> str:
+    """One line for the run's log: which kernels, and why."""
+    name, width, rate = config.attention, head_dim(config.llm), config.llm.attention_dropout
+    if packed:
+        llm, why = choose_packed_backend(name, dtype, width, rate, devices)
+        why = f"packed rows, {why}"
+    else:
+        llm, why = choose_backend(name, dtype, width, rate), "rows of one segment"
+        if llm == "xla" and name != "xla":
+            why += f", {f'dropout {rate}' if rate else _cudnn_problem(dtype, width)}"
+    vision = choose_backends(config, dtype).vision
+    return f"attention: {llm} ({why}), {vision} in the vision encoder; model.attention={name}"

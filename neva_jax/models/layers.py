@@ -13,9 +13,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from neva_jax.precision.fp8 import KEPT
+
+# What `dots` keeps beside `dot_general`: the kernels that stand in its place, known by their primitive's name because
+# Transformer Engine may not be there. An attention kernel's output is as small as its input, and dear to compute again.
+KERNELS = ("te_gemm_ffi", "dot_product_attention_fwd", "te_fused_attn_forward_ffi")
+
+
+def _keep_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    return primitive.name.startswith(KERNELS) or jax.checkpoint_policies.dots_saveable(
+        primitive, *arguments, **parameters
+    )
+
+
+# The largest values that FP8 casts have met are numbers, each of which costs a pass.
+_AMAX = jax.checkpoint_policies.save_only_these_names(KEPT)
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_keep_products, _AMAX),
+    "full": _AMAX,
 }
 
 
@@ -103,7 +118,7 @@ def scan_layers(
     per_layer: Any = None,
     remat: Remat = NO_REMAT,
     unroll: int = 1,
-    count: int | None = None,
+    span: tuple[int, int] | None = None,
     call: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
 ) -> tuple[jax.Array, Any]:
     """Runs the L layers of `stack` one after the other.
@@ -113,15 +128,15 @@ def scan_layers(
       per_layer: pytree of arrays [L, ...]; layer l gets slice l.
       remat: which activations are kept for the backward pass, and of which layers.
       unroll: layers per iteration of the scan.
-      count: run only the first `count` layers; None runs all.
+      span: (first, last): run these layers alone, `last` excluded; None runs all.
       call: `(layer, x, slice of per_layer) -> (x, output)`.
 
     Returns:
       (x, outputs of all layers stacked [L, ...])
     """
     graphdef, parameters = nnx.split(stack)
-    if count is not None:
-        parameters = jax.tree.map(lambda p: p[:count], parameters)
+    if span is not None:
+        parameters = jax.tree.map(lambda p: p[span[0] : span[1]], parameters)
     slices = (parameters, per_layer)
 
     def body(x, slices):

@@ -4,6 +4,8 @@ B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width,
 L layers, S cache slots.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,9 +14,11 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig, MeshConfig
 from neva_jax.derived import head_dim, kv_heads, padded_vocab, rotary_width
-from neva_jax.models.attention import MASKED, attend
+from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
+from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel
 from neva_jax.parallel.mesh import constrain, spread
+from neva_jax.precision import fp8
 
 
 class LayerCache(NamedTuple):
@@ -73,10 +77,12 @@ class Block(nnx.Module):
         self,
         rngs: nnx.Rngs,
         config: LlmConfig,
-        backend: str,
+        backends: Backends = XLA,
         layers: int | None = None,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+        stored: tuple[str, ...] = (),
     ):
+        """stored: the FP8 sites whose kernels are held in FP8, in place of their parameters."""
         d, h, g, k, f = (
             config.hidden_size,
             config.num_heads,
@@ -87,10 +93,12 @@ class Block(nnx.Module):
         init, zeros = normal(config.init_std), jax.nn.initializers.zeros
         out = normal(config.init_std / (2 * config.num_layers) ** 0.5) if config.scaled_output_init else init
         self.attention_norm = RMSNorm(rngs, d, config.norm_eps, layers)
-        self.q = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), init, layers)
-        self.k = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
-        self.v = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
-        self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), out, layers)
+        if "qkv" not in stored:
+            self.q = param(rngs, (d, h, k), ("embed", "heads", "head_dim"), init, layers)
+            self.k = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
+            self.v = param(rngs, (d, g, k), ("embed", "kv_heads", "head_dim"), init, layers)
+        if "o" not in stored:
+            self.o = param(rngs, (h, k, d), ("heads", "head_dim", "embed"), out, layers)
         if config.qkv_bias:
             self.q_bias = param(rngs, (h, k), ("heads", "head_dim"), zeros, layers)
             self.k_bias = param(rngs, (g, k), ("kv_heads", "head_dim"), zeros, layers)
@@ -98,14 +106,18 @@ class Block(nnx.Module):
         if config.o_bias:
             self.o_bias = param(rngs, (d,), ("norm",), zeros, layers)
         self.mlp_norm = RMSNorm(rngs, d, config.norm_eps, layers)
-        self.gate = param(rngs, (d, f), ("embed", "mlp"), init, layers)
-        self.up = param(rngs, (d, f), ("embed", "mlp"), init, layers)
-        self.down = param(rngs, (f, d), ("mlp", "embed"), out, layers)
+        if "gate_up" not in stored:
+            self.gate = param(rngs, (d, f), ("embed", "mlp"), init, layers)
+            self.up = param(rngs, (d, f), ("embed", "mlp"), init, layers)
+        if "down" not in stored:
+            self.down = param(rngs, (f, d), ("mlp", "embed"), out, layers)
+        for site in stored:
+            setattr(self, f"fp8_{site}", Fp8Kernel(site, config, layers))
         if config.mlp_bias:
             self.gate_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
-        self.config, self.backend, self.stream = config, backend, stream_axes(mesh)
+        self.config, self.backends, self.stream = config, backends, stream_axes(mesh)
 
     def __call__(
         self,
@@ -115,57 +127,108 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
+        recipe: fp8.Recipe | None = None,
+        scales: fp8.Scales | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens).
 
         With `rng`, dropout where NeMo has it: on the attention weights, the products inside the MLP, and what attention
-        and MLP add to x.
+        and MLP add to x. With `recipe`, its sites run in FP8, with the scales of delayed scaling in `scales`.
         """
-        dtype, config, window = x.dtype, self.config, self.config.sliding_window
+        dtype, config = x.dtype, self.config
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
 
         def weight(name: str) -> jax.Array:
             variable = getattr(self, name)
             value, axes = variable[...].astype(dtype), variable.get_metadata()["axes"][-variable[...].ndim :]
-            # A cache holds each head once.
-            return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and cache is None else value
+            # A cache holds each head once, and so do kernels in FP8.
+            once = cache is not None or hasattr(self, "fp8_qkv")
+            return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and not once else value
 
-        def linear(equation: str, x: jax.Array, name: str, biased: bool) -> jax.Array:
-            y = jnp.einsum(equation, x, weight(name))
-            return y + weight(f"{name}_bias") if biased else y
+        def biased(y: jax.Array, name: str, has: bool) -> jax.Array:
+            return y + weight(f"{name}_bias") if has else y
+
+        def linear(equation: str, x: jax.Array, name: str, has_bias: bool) -> jax.Array:
+            return biased(jnp.einsum(equation, x, weight(name)), name, has_bias)
+
+        def site(name: str) -> tuple[jax.Array | fp8.Stored, fp8.Scales]:
+            """The kernel of an FP8 site, and its scales."""
+            stored = getattr(self, f"fp8_{name}", None)
+            return native_kernel(name, weight) if stored is None else stored(), (scales or {}).get(name, {})
 
         with jax.named_scope("attention"):
-            y = constrain(self.attention_norm(x), "batch", "length", "features")
-            q = rotate(linear("btd,dhk->bthk", y, "q", config.qkv_bias), *angles)
-            k = rotate(linear("btd,dgk->btgk", y, "k", config.qkv_bias), *angles)
-            v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
-            q = constrain(q, "batch", "length", "heads", "head_dim")
-            k = constrain(k, "batch", "length", "kv_heads", "head_dim")
-            v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-            if cache is None:
-                attended = attend(
-                    *(q, k, v),
-                    segment_ids=segment_ids,
-                    window=window,
-                    # The other kernel knows no segments.
-                    backend=self.backend if segment_ids is None else "xla",
-                    dropout_rate=config.attention_dropout,
-                    rng=rngs[0],
-                )
+            if recipe is not None and recipe.covers("qkv"):
+                norm = (self.attention_norm.scale[...], config.norm_eps)
+                y = fp8.linear(recipe, x, *site("qkv"), norm=norm)  # [B, T, G, R + 2, K]
+                q = y[..., :-2, :].reshape(*y.shape[:2], -1, y.shape[-1])
+                k, v = y[..., -2, :], y[..., -1, :]
+                q, k, v = (biased(p, name, config.qkv_bias) for p, name in ((q, "q"), (k, "k"), (v, "v")))
             else:
-                cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
-                attended = attend(q, cache.k, cache.v, positions=positions, window=window)
+                y = constrain(self.attention_norm(x), "batch", "length", "features")
+                q = linear("btd,dhk->bthk", y, "q", config.qkv_bias)
+                k = linear("btd,dgk->btgk", y, "k", config.qkv_bias)
+                v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
+            q = constrain(rotate(q, *angles), "batch", "length", "heads", "head_dim")
+            k = constrain(rotate(k, *angles), "batch", "length", "kv_heads", "head_dim")
+            v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+            attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0])
             attended = constrain(attended, "batch", "length", "heads", "head_dim")
-            x = x + dropout(linear("bthk,hkd->btd", attended, "o", config.o_bias), config.hidden_dropout, rngs[1])
-            x = constrain(x, *self.stream)
+            if recipe is not None and recipe.covers("o"):
+                y = biased(fp8.linear(recipe, attended, *site("o"), inputs=2), "o", config.o_bias)
+            else:
+                y = linear("bthk,hkd->btd", attended, "o", config.o_bias)
+            x = constrain(x + dropout(y, config.hidden_dropout, rngs[1]), *self.stream)
         with jax.named_scope("mlp"):
-            y = constrain(self.mlp_norm(x), "batch", "length", "features")
-            gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
-            up = linear("btd,df->btf", y, "up", config.mlp_bias)
-            inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-            inner = dropout(inner, config.ffn_dropout, rngs[2])
-            x = x + dropout(linear("btf,fd->btd", inner, "down", config.mlp_bias), config.hidden_dropout, rngs[3])
-            return constrain(x, *self.stream), cache
+            if recipe is not None and recipe.covers("gate_up", "down"):
+                y = self._fp8_mlp(recipe, x, site, rngs[2])
+                y = biased(y, "down", config.mlp_bias)
+            else:
+                y = constrain(self.mlp_norm(x), "batch", "length", "features")
+                gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
+                up = linear("btd,df->btf", y, "up", config.mlp_bias)
+                inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+                y = linear("btf,fd->btd", dropout(inner, config.ffn_dropout, rngs[2]), "down", config.mlp_bias)
+            return constrain(x + dropout(y, config.hidden_dropout, rngs[3]), *self.stream), cache
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        cache: LayerCache | None,
+        rng: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """q [B, T, H, K], k and v [B, T, G, K] -> ([B, T, H, K], the cache with the new tokens)."""
+        window, backends = self.config.sliding_window, self.backends
+        if cache is not None:
+            cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
+            return attend(q, cache.k, cache.v, positions=positions, window=window), cache
+        attended = attend(
+            *(q, k, v),
+            segment_ids=segment_ids,
+            window=window,
+            backend=backends.single if segment_ids is None else backends.packed,
+            segment_positions=positions,
+            segments=backends.segments,
+            dropout_rate=self.config.attention_dropout,
+            rng=rng,
+        )
+        return attended, None
+
+    def _fp8_mlp(self, recipe: fp8.Recipe, x: jax.Array, site: Callable, rng: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, T, D] without the last bias; in one piece where nothing stands between the casts."""
+        config, norm = self.config, (self.mlp_norm.scale[...], self.config.norm_eps)
+        (gate_up, gate_up_scales), (down, down_scales) = site("gate_up"), site("down")
+        if not config.mlp_bias and (rng is None or not config.ffn_dropout):
+            return fp8.mlp(recipe, x, norm, (gate_up, down), (gate_up_scales, down_scales))
+        halves = fp8.linear(recipe, x, gate_up, gate_up_scales, norm=norm)  # [B, T, 2, F]
+        gate, up = halves[..., 0, :], halves[..., 1, :]
+        if config.mlp_bias:
+            gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
+        inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+        return fp8.linear(recipe, dropout(inner, config.ffn_dropout, rng), down, down_scales)
 
 
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -186,14 +249,23 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
         config: LlmConfig,
         dtype: jnp.dtype,
-        backend: str,
-        remat: Remat,
-        unroll: int,
+        backends: Backends = XLA,
+        remat: Remat = NO_REMAT,
+        unroll: int = 1,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+        recipe: fp8.Recipe | None = None,
     ):
         rows, init = padded_vocab(config), normal(config.init_std)
         self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)
-        self.layers = Block(rngs, config, backend, config.num_layers, mesh)
+        # Layers in FP8 that are held so are a stack of their own; others are slices of one, by the recipe's span.
+        self.recipe, split = recipe, recipe is not None and recipe.stored
+        first, last = (recipe.first, recipe.last) if split else (0, config.num_layers)
+        stored = recipe.sites if split else ()
+        if first:
+            self.first_layers = Block(rngs, config, backends, first, mesh)
+        self.layers = Block(rngs, config, backends, last - first, mesh, stored)
+        if last < config.num_layers:
+            self.last_layers = Block(rngs, config, backends, config.num_layers - last, mesh)
         self.norm = RMSNorm(rngs, config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = param(rngs, (config.hidden_size, rows), ("embed", "vocab"), init)
@@ -215,6 +287,7 @@ class Llama(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
+        states: fp8.State | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Runs the decoder.
 
@@ -224,6 +297,7 @@ class Llama(nnx.Module):
           segment_ids: [B, T] i32, or None for one segment per row.
           cache: [L, B, S, G, K] keys and values, or None.
           rng: the key of dropout; None: no dropout.
+          states: what the FP8 layers remember (`precision.fp8.State`); None or {} where they need nothing.
 
         Returns:
           (normed hidden states [B, T, D], the cache with the new tokens or None)
@@ -234,15 +308,44 @@ class Llama(nnx.Module):
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
         x = constrain(x, *self.stream)
-        x, cache = scan_layers(
-            self.layers,
-            x,
-            per_layer=(cache, layer_rngs),
-            remat=self.remat if cache is None else NO_REMAT,
-            unroll=self.unroll,
-            call=lambda layer, x, own: layer(x, positions, angles, segment_ids, *own),
-        )
+        caches, scales = [], fp8.scales(self.recipe, states) if states else None
+        for stack, span, bounds, recipe in self._spans():
+            own = jax.tree.map(lambda a, b=bounds: a[b[0] : b[1]], (cache, layer_rngs))
+            x, part = scan_layers(
+                stack,
+                x,
+                per_layer=(*own, scales if recipe is not None else None),
+                remat=self._remat(bounds) if cache is None else NO_REMAT,
+                unroll=min(self.unroll, bounds[1] - bounds[0]),
+                span=span,
+                call=lambda layer, x, own, recipe=recipe: layer(
+                    x, positions, angles, segment_ids, *own[:2], recipe, own[2]
+                ),
+            )
+            caches.append(part)
+        cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return self.norm(x), cache
+
+    def _spans(self) -> list[tuple[Block, tuple[int, int] | None, tuple[int, int], fp8.Recipe | None]]:
+        """Runs of equal layers: (stack, the part of it or None for all, layers of the model, recipe)."""
+        recipe, total = self.recipe, self.config.num_layers
+        if recipe is None:
+            return [(self.layers, None, (0, total), None)]
+        bounds = [(0, recipe.first, None), (recipe.first, recipe.last, recipe), (recipe.last, total, None)]
+        bounds = [part for part in bounds if part[0] < part[1]]
+        if not recipe.stored:
+            return [(self.layers, (a, b) if b - a < total else None, (a, b), own) for a, b, own in bounds]
+        stacks = {0: "first_layers", recipe.first: "layers", recipe.last: "last_layers"}
+        if recipe.first == 0:
+            stacks[0] = "layers"
+        return [(getattr(self, stacks[a]), None, (a, b), own) for a, b, own in bounds]
+
+    def _remat(self, bounds: tuple[int, int]) -> Remat:
+        """The model's remat policy for the layers of a span: `block` counts from the model's first."""
+        if self.remat.policy == "none" or self.remat.method != "block":
+            return self.remat
+        left = min(self.remat.layers, bounds[1]) - bounds[0]
+        return dataclasses.replace(self.remat, layers=left) if left > 0 else NO_REMAT
 
     def output_kernel(self) -> jax.Array:
         """The output head [D, V] in its stored dtype: the embedding's transpose where they are tied."""

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from neva_jax.config import MeshConfig, ModelConfig, PrecisionConfig
-from neva_jax.derived import head_dim
-from neva_jax.models.attention import choose_backend
+from neva_jax.models.attention import choose_backends
 from neva_jax.models.layers import NO_REMAT, Remat
 from neva_jax.models.llama import LayerCache, Llama
 from neva_jax.models.projector import Projector
 from neva_jax.models.vision import Vision
 from neva_jax.parallel.mesh import constrain
+from neva_jax.precision import fp8
 from neva_jax.precision.policy import compute_dtype
 
 NEWLINE_SLOT = -2
@@ -37,14 +37,21 @@ class Neva(nnx.Module):
         remat: Remat = NO_REMAT,
         unroll: int = 1,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+        recipe: fp8.Recipe | None = None,
+        segments: int = 1,
+        devices: int = 1,
     ):
+        """recipe: of FP8; segments: most in a packed row, padding as one (1: never packed); devices: of the mesh."""
         dtype = compute_dtype(precision)
         # No gradient flows into a frozen encoder, so it has nothing to recompute.
         vision_remat = NO_REMAT if config.vision.freeze else remat
-        self.vision = Vision(rngs, config.vision, dtype, vision_remat, mesh.vision_tensor)
+        backends = choose_backends(config, dtype, segments, devices)
+        vision_recipe = recipe if recipe is not None and recipe.vision else None
+        self.vision = Vision(
+            rngs, config.vision, dtype, vision_remat, mesh.vision_tensor, backends.vision, vision_recipe
+        )
         self.projector = Projector(rngs, config.projector, config.vision.hidden_size, config.llm.hidden_size, dtype)
-        backend = choose_backend(config.attention, dtype, head_dim(config.llm), config.llm.attention_dropout)
-        self.llm = Llama(rngs, config.llm, dtype, backend, remat, unroll, mesh)
+        self.llm = Llama(rngs, config.llm, dtype, backends, remat, unroll, mesh, recipe)
 
     def image_features(self, images: jax.Array) -> jax.Array:
         """images [B, K, S, S, 3] uint8 -> [B, K*P, D]."""
@@ -68,6 +75,7 @@ class Neva(nnx.Module):
         packed: bool = False,
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
+        states: fp8.State | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Hidden states of a batch.
 
@@ -76,12 +84,13 @@ class Neva(nnx.Module):
           packed: rows may hold several segments; otherwise `segment_ids` is not read.
           cache: keys and values to extend; None in training.
           rng: the key of the language model's dropout; None: no dropout.
+          states: what the FP8 layers remember; None or {} where they need nothing.
 
         Returns:
           (hidden [B, T, D] ready for `llm.logits`, the extended cache or None)
         """
         x = self.embed(batch["tokens"], batch["images"], batch["image_slots"])
-        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache, rng)
+        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache, rng, states)
 
 
 def abstract_model(
@@ -90,9 +99,12 @@ def abstract_model(
     remat: Remat = NO_REMAT,
     unroll: int = 1,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
+    recipe: fp8.Recipe | None = None,
+    segments: int = 1,
+    devices: int = 1,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph definition, and its parameters as shapes with their logical axes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll, mesh))
+    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll, mesh, recipe, segments, devices))
     return nnx.split(model)
 
 

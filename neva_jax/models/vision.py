@@ -13,6 +13,7 @@ from neva_jax.derived import patch_grid
 from neva_jax.models.attention import attend
 from neva_jax.models.layers import LayerNorm, Remat, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain
+from neva_jax.precision import fp8
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -24,7 +25,15 @@ ACTIVATIONS = {
 class VisionBlock(nnx.Module):
     """One pre-norm encoder layer, or a stack of `layers` of them."""
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, layers: int | None = None, split: bool = True):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: VisionConfig,
+        layers: int | None = None,
+        split: bool = True,
+        backend: str = "xla",
+        recipe: fp8.Recipe | None = None,
+    ):
         d, h, f = config.hidden_size, config.num_heads, config.intermediate_size
         heads, self.mlp, self.images = ("heads", "mlp", "batch") if split else (None, None, "images")
         k = d // h
@@ -46,25 +55,31 @@ class VisionBlock(nnx.Module):
         self.up_bias = param(rngs, (f,), (self.mlp,), zeros, layers)
         self.down = param(rngs, (f, d), (self.mlp, "embed"), normal(in_std), layers)
         self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
-        self.activation = config.activation
+        self.activation, self.backend, self.recipe = config.activation, backend, recipe
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, P + 1, D] -> [N, P + 1, D]."""
         dtype = x.dtype
+
+        def product(equation: str, x: jax.Array, kernel: nnx.Param, bias: nnx.Param, inputs: int = 1) -> jax.Array:
+            weight = kernel[...].astype(dtype)
+            if self.recipe is None:
+                y = jnp.einsum(equation, x, weight)
+            else:
+                y = fp8.linear(self.recipe, x, weight, {}, inputs=inputs)
+            return y + bias[...].astype(dtype)
+
         with jax.named_scope("vision_attention"):
             y = self.attention_norm(x)
-            q, k, v = (
-                jnp.einsum("npd,dhk->nphk", y, kernel[...].astype(dtype)) + bias[...].astype(dtype)
-                for kernel, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
-            )
-            attended = attend(q, k, v, causal=False)
-            x = x + jnp.einsum("nphk,hkd->npd", attended, self.o[...].astype(dtype)) + self.o_bias[...].astype(dtype)
+            q = product("npd,dhk->nphk", y, self.q, self.q_bias)
+            k = product("npd,dhk->nphk", y, self.k, self.k_bias)
+            v = product("npd,dhk->nphk", y, self.v, self.v_bias)
+            attended = attend(q, k, v, causal=False, backend=self.backend)
+            x = x + product("nphk,hkd->npd", attended, self.o, self.o_bias, inputs=2)
         with jax.named_scope("vision_mlp"):
-            y = jnp.einsum("npd,df->npf", self.mlp_norm(x), self.up[...].astype(dtype)) + self.up_bias[...].astype(
-                dtype
-            )
+            y = product("npd,df->npf", self.mlp_norm(x), self.up, self.up_bias)
             y = constrain(ACTIVATIONS[self.activation](y), self.images, "length", self.mlp)
-            x = x + jnp.einsum("npf,fd->npd", y, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+            x = x + product("npf,fd->npd", y, self.down, self.down_bias)
             return constrain(x, self.images, "length", "features")
 
 
@@ -73,9 +88,19 @@ class Vision(nnx.Module):
 
     All layers and the final norm are held, as in the checkpoint they come from; those above `select_layer` never run.
     `split`: over the mesh like the language model; otherwise each of the devices that would share an image has its own.
+    `backend`: of attention. `recipe`: of its linear layers in FP8, by current scaling.
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: VisionConfig, dtype: jnp.dtype, remat: Remat, split: bool = True):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        config: VisionConfig,
+        dtype: jnp.dtype,
+        remat: Remat,
+        split: bool = True,
+        backend: str = "xla",
+        recipe: fp8.Recipe | None = None,
+    ):
         d, p = config.hidden_size, config.patch_size
         patches = ((config.position_image_size or config.image_size) // p) ** 2
         self.leading = 1 if config.kind == "clip" else 0  # tokens before the patches
@@ -89,7 +114,7 @@ class Vision(nnx.Module):
         )
         if config.kind == "clip":
             self.pre_norm = LayerNorm(rngs, d, config.norm_eps)
-        self.layers = VisionBlock(rngs, config, config.num_layers, split)
+        self.layers = VisionBlock(rngs, config, config.num_layers, split, backend, recipe)
         self.post_norm = LayerNorm(rngs, d, config.norm_eps)
         self.config, self.dtype, self.remat = config, dtype, remat
         self.images = "batch" if split else "images"
@@ -116,7 +141,7 @@ class Vision(nnx.Module):
             self.layers,
             x,
             remat=self.remat,
-            count=config.num_layers + 1 + config.select_layer,
+            span=(0, config.num_layers + 1 + config.select_layer),
             call=lambda layer, x, _: (layer(x), None),
         )
         x = x if config.select_feature == "cls_patch" else x[:, self.leading :]

@@ -20,6 +20,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from neva_jax.config import MESH_AXES, Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.derived import dropout_seed, frozen_components, head_dim, kv_heads, padded_vocab, trained_components
+from neva_jax.models import layers
+from neva_jax.models.attention import Backends
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import spec
@@ -132,7 +134,7 @@ def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Par
     # `xla` is the one backend that a machine without GPU makes a model for.
     model_config = dataclasses.replace(config.model, attention="xla")
     model = nnx.merge(*abstract_model(model_config, config.precision, remat, train.unroll))
-    model.llm.layers.backend = backend
+    model.llm.layers.backends = Backends(single=backend)
     graphdef, state = nnx.split(model)
     trained_names = trained_components(config.model)
 
@@ -192,7 +194,11 @@ def _flash_attention() -> Iterator[None]:
         return tuple(jax.pure_callback(_never, shapes, *kept, cotangent))
 
     flash.defvjp(forward, backward)
-    with mock.patch.object(jax.nn, "dot_product_attention", lambda q, k, v, **_: flash(q, k, v)):
+    kernels = (*layers.KERNELS, "pure_callback")
+    with (
+        mock.patch.object(jax.nn, "dot_product_attention", lambda q, k, v, **_: flash(q, k, v)),
+        mock.patch.object(layers, "KERNELS", kernels),
+    ):
         yield
 
 

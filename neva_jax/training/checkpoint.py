@@ -188,9 +188,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._manager.close()
 
-    def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta) -> None:
+    def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta, fp8: dict | None = None) -> None:
         """Starts to save; returns once the arrays are copied, and they are written while training goes on."""
-        state = {"params": params, "optimizer": optimizer, "step": step}
+        state = {"params": params, "optimizer": optimizer, "step": step, **({"fp8": fp8} if fp8 else {})}
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(), state)
         chunks["params"] = jax.tree_util.tree_map_with_path(_chunks, params)
         saved = self._manager.save(
@@ -207,6 +207,11 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the last save is complete on disk."""
         self._manager.wait_until_finished()
+
+    def restore_fp8(self, step: int, fp8: dict) -> dict:
+        """The FP8 state of a step onto the shardings of `fp8`, a tree of `jax.ShapeDtypeStruct`."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args({"fp8": fp8})))
+        return restored["state"]["fp8"]
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
         """The checkpoint of a step: (params, optimizer state, data), straight onto the shardings of the arguments.

@@ -1,12 +1,17 @@
 """Whether a run goes on where it stopped, and whether it may."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from neva_jax.config import COMPONENTS, Config, lookup, walk
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
-from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, read_meta
+from neva_jax.precision import fp8
+from neva_jax.training.checkpoint import Checkpoints, Meta, check_compatible, newest_step, read_meta
 
 # Changed, they would make another run of it: other weights, or other samples under the numbers already consumed.
 FIXED = (
@@ -46,6 +51,20 @@ def resumed_meta(config: Config, tokenizer: Tokenizer, run_dir: Path) -> Meta | 
             before, now = differing[name]
             raise UserError(f"{name}={now}, but {run_dir} was trained with {before}; use a new run.dir")
     return meta
+
+
+def resumed_fp8_state(
+    checkpoints: Checkpoints, step: int, before: Config, now: Config, fresh: fp8.State, say: Callable[[str], None]
+) -> fp8.State:
+    """The FP8 state that a step was saved with, or `fresh` where that was another recipe's."""
+    keys = ("compute", "fp8.amax_history", "fp8.layers", "fp8.first_layers_bf16", "fp8.last_layers_bf16")
+    if all(lookup(before.precision, key) == lookup(now.precision, key) for key in keys):
+        as_shape = partial(
+            jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        )
+        return checkpoints.restore_fp8(step, as_shape(fresh))
+    say("fp8: scales and histories start anew, the checkpoint has none of this recipe")
+    return fresh
 
 
 def _ends(tokenizer: Tokenizer) -> str:

@@ -1,7 +1,9 @@
 """From a configuration to parameters and optimizer state: shapes first, then values straight onto their shards."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
+from neva_jax.models.llama_fp8 import is_stored, quantized
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
+from neva_jax.precision import fp8
 from neva_jax.precision.policy import frozen_dtype
 from neva_jax.training.checkpoint import available_components, check_compatible, load_components, locate, read_meta
 
@@ -41,21 +45,27 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, llm=llm))
 
 
-def abstract_parameters(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, Parameters]:
+def abstract_parameters(config: Config, mesh: Mesh, quantize_frozen: bool = True) -> tuple[nnx.GraphDef, Parameters]:
     """The model's graph definition, and for each parameter its shape, dtype and sharding (nothing is allocated).
 
-    Trained components are fp32, frozen ones of the storage dtype.
+    Trained components are fp32, frozen ones of the storage dtype; with FP8 a frozen language model's kernels are held
+    in it, unless `quantize_frozen` is False (they are to be saved).
 
     Raises:
       UserError: a dimension that the mesh does not divide.
     """
     remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
-    graphdef, state = abstract_model(config.model, config.precision, remat, config.train.unroll, config.mesh)
+    recipe = fp8.recipe(config, mesh.size, quantize_frozen)
+    segments = config.data.segments_per_row + 1 if config.data.pack else 1
+    graphdef, state = abstract_model(
+        config.model, config.precision, remat, config.train.unroll, config.mesh, recipe, segments, mesh.size
+    )
     layout = shardings(mesh, state)
     trained = trained_components(config.model)
 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         dtype = jnp.float32 if path[0].key in trained else frozen_dtype(config.precision)
+        dtype = leaf.dtype if is_stored(part.key for part in path) else dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     return graphdef, jax.tree_util.tree_map_with_path(describe, nnx.to_pure_dict(state), layout)
@@ -131,12 +141,45 @@ def initialise_parameters(
     for step_dir in sorted(set(sources.values())):
         say(f"{', '.join(name for name in sources if sources[name] == step_dir)}: weights from {step_dir}")
     missing = [name for name in COMPONENTS if name not in sources]
-    params = load_components({name: abstract[name] for name in sources}, sources) if sources else {}
+    params = load_parameters(config, {name: abstract[name] for name in sources}, sources) if sources else {}
     if missing:
         say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
-        initialise = random_initialiser({name: abstract[name] for name in missing}, config)
-        params |= initialise(jax.random.key(config.run.seed))
+        plain = as_saved(config, {name: abstract[name] for name in missing})
+        initialise = random_initialiser(plain, config)
+        params |= as_held(config, initialise(jax.random.key(config.run.seed)), abstract)
     return {name: params[name] for name in COMPONENTS}
+
+
+def load_parameters(config: Config, abstract: Parameters, sources: dict[str, Path]) -> Parameters:
+    """Reads components as `load_components` does; kernels that `abstract` holds in FP8 are quantized on the way."""
+    return as_held(config, load_components(as_saved(config, abstract), sources), abstract)
+
+
+def as_saved(config: Config, abstract: Parameters) -> Parameters:
+    """The same components with every kernel in its own dtype, as checkpoints have them."""
+    llm = abstract.get("llm")
+    if llm is None or not is_stored(llm["layers"]):
+        return abstract
+    mesh = jax.tree.leaves(llm)[0].sharding.mesh
+    return {**abstract, "llm": abstract_parameters(config, mesh, quantize_frozen=False)[1]["llm"]}
+
+
+def as_held(config: Config, params: Parameters, abstract: Parameters) -> Parameters:
+    """Parameters as they are saved -> as `abstract` holds them; those that are quantized are given away."""
+    if "llm" not in params or not is_stored(abstract["llm"]["layers"]):
+        return params
+    mesh = jax.tree.leaves(abstract["llm"])[0].sharding.mesh
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["llm"])
+    convert = jax.jit(partial(quantized, recipe=fp8.recipe(config, mesh.size)), out_shardings=layout, donate_argnums=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers")  # bf16 cannot become FP8 in place
+        return {**params, "llm": convert(params["llm"])}
+
+
+def initial_fp8_state(config: Config, mesh: Mesh) -> fp8.State:
+    """The FP8 state of a fresh run, on every device; {} where the recipe has none."""
+    state = fp8.initial_state(fp8.recipe(config, mesh.size), trained=not config.model.llm.freeze)
+    return jax.device_put(state, replicated(mesh))
 
 
 def random_initialiser(abstract: Parameters, config: Config) -> jax.stages.Wrapped:

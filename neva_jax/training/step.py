@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from neva_jax.precision import fp8
 from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
@@ -21,11 +22,12 @@ Part = tuple[Arrays, jax.Array | None]  # a micro batch and its key of dropout
 
 
 class TrainState(NamedTuple):
-    """What a step changes: completed steps, the trained fp32 parameters, and the optimizer's state."""
+    """What a step changes: completed steps, the trained fp32 parameters, the optimizer's state, and that of FP8."""
 
     step: jax.Array
     trained: Parameters
     optimizer: optax.OptState
+    fp8: fp8.State = {}  # noqa: RUF012 (nobody changes it)
 
 
 def batch_nll(
@@ -35,13 +37,14 @@ def batch_nll(
     chunk: int,
     packed: bool = False,
     rng: jax.Array | None = None,
+    states: fp8.State | None = None,
 ) -> jax.Array:
     """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32.
 
-    packed: rows may hold several segments; rng: dropout's key.
+    packed: rows may hold several segments; rng: dropout's key; states: of the FP8 layers.
     """
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(micro, packed, rng=rng)
+    hidden, _ = model(micro, packed, rng=rng, states=states)
     kernel = model.llm.output_kernel()
     return weighted_nll(model.llm.logits, kernel, hidden, micro["targets"], micro["loss_weights"], chunk)
 
@@ -54,25 +57,32 @@ def gradients(
     chunk: int,
     packed: bool = False,
     rng: jax.Array | None = None,
-) -> tuple[jax.Array, Parameters]:
-    """Mean token loss of the global batch (arrays [A, B, ...]) and its gradients for the trained parameters.
+    states: fp8.State | None = None,
+) -> tuple[jax.Array, Parameters, fp8.State]:
+    """Mean token loss of the global batch (arrays [A, B, ...]), gradients of the trained parameters, FP8's new state.
 
-    Micro batch a drops out by the key fold_in(rng, a); rng None: no dropout.
+    Micro batch a drops out by the key fold_in(rng, a); rng None: no dropout. The FP8 state's "gradient" is its new
+    value: it is handed from micro batch to micro batch, never added.
     """
+    states = {} if states is None else states
     weights = jnp.sum(batch["loss_weights"])
     count = batch["tokens"].shape[0]
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
-    def micro_loss(trained: Parameters, part: Part) -> jax.Array:
+    def micro_loss(trained: Parameters, states: fp8.State, part: Part) -> jax.Array:
         micro, rng = part
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng) / weights
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng, states) / weights
 
-    def accumulate(total: tuple[jax.Array, Parameters], part: Part) -> tuple[tuple[jax.Array, Parameters], None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(trained, part)), None
+    differentiated = jax.value_and_grad(micro_loss, argnums=(0, 1))
+
+    def accumulate(total: tuple[jax.Array, Parameters, fp8.State], part: Part) -> tuple[Any, None]:
+        loss, (grads, states) = differentiated(trained, total[2], part)
+        return (*jax.tree.map(jnp.add, total[:2], (loss, grads)), states), None
 
     if count == 1:
-        return jax.value_and_grad(micro_loss)(trained, jax.tree.map(lambda x: x[0], (batch, rngs)))
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+        loss, (grads, states) = differentiated(trained, states, jax.tree.map(lambda x: x[0], (batch, rngs)))
+        return loss, grads, states
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained), states)
     return jax.lax.scan(accumulate, zero, (batch, rngs))[0]
 
 
@@ -92,22 +102,29 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-        loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng)
+        loss, grads, states = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics
+        trained = optax.apply_updates(state.trained, updates)
+        return TrainState(state.step + 1, trained, optimizer_state, states), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 def make_eval_step(
     graphdef: nnx.GraphDef, chunk: int, packed: bool = False
-) -> Callable[[Parameters, Parameters, Arrays], tuple[jax.Array, jax.Array]]:
-    """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights)."""
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights).
 
-    def eval_step(trained: Parameters, frozen: Parameters, batch: Arrays) -> tuple[jax.Array, jax.Array]:
+    A fourth argument is the FP8 state, where there is one: its scales are used as they are.
+    """
+
+    def eval_step(
+        trained: Parameters, frozen: Parameters, batch: Arrays, states: fp8.State | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         def add(total: jax.Array, micro: Arrays) -> tuple[jax.Array, None]:
-            return total + batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed), None
+            nll = batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, states=states)
+            return total + nll, None
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["loss_weights"])
 

@@ -177,7 +177,7 @@ def test_scan_layers_is_a_loop(remat, unroll, count):
         per_layer=jnp.asarray(shifts[:count]),
         remat=remat,
         unroll=unroll,
-        count=count,
+        span=None if count is None else (0, count),
         call=lambda layer, x, shift: layer(x, shift),
     )
     expected, expected_sums = x.astype(np.float64), []

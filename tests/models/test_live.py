@@ -99,7 +99,7 @@ def test_random_language_models(seed):
     tokens = draw.integers(0, values["vocab_size"], (2, length))
     config = helpers.llm_config(values)
     params = helpers.llm_tree(_weights(theirs), config)
-    graphdef = helpers.graph(lambda: Llama(nnx.Rngs(0), config, jnp.float32, "xla", NO_REMAT, 1))
+    graphdef = helpers.graph(lambda: Llama(nnx.Rngs(0), config, jnp.float32))
 
     @jax.jit
     def run(params):

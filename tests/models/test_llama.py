@@ -34,7 +34,7 @@ NAMES = (
 
 
 def _graph(config, remat=NO_REMAT, unroll=1):
-    return graph(lambda: Llama(nnx.Rngs(0), config, jnp.float32, "xla", remat, unroll))
+    return graph(lambda: Llama(nnx.Rngs(0), config, jnp.float32, remat=remat, unroll=unroll))
 
 
 def _positions(golden):
@@ -248,7 +248,7 @@ def test_scaled_output_projections_start_smaller(scaled):
         init_std=0.2,
         scaled_output_init=scaled,
     )
-    params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(3), config, jnp.float32, "xla", NO_REMAT, 1)))
+    params = nnx.to_pure_dict(nnx.state(Llama(nnx.Rngs(3), config, jnp.float32)))
     for name, leaf in nnx.traversals.flatten_mapping(params).items():
         if name[-1].endswith("_bias"):
             assert np.all(leaf == 0)
@@ -359,7 +359,7 @@ TINY = LlmConfig(
 
 
 def _tiny(remat=NO_REMAT, unroll=1, **rates):
-    return Llama(nnx.Rngs(0), dataclasses.replace(TINY, **rates), jnp.float32, "xla", remat, unroll)
+    return Llama(nnx.Rngs(0), dataclasses.replace(TINY, **rates), jnp.float32, remat=remat, unroll=unroll)
 
 
 def _hidden(model, seed=0):
@@ -371,7 +371,7 @@ def _hidden(model, seed=0):
 
 def test_hidden_dropout_is_after_the_embedding_and_on_both_branches():
     assert not np.any(_hidden(_tiny(hidden_dropout=ALL))[1])
-    block = Block(nnx.Rngs(0), dataclasses.replace(TINY, hidden_dropout=ALL, mlp_bias=True), "xla")
+    block = Block(nnx.Rngs(0), dataclasses.replace(TINY, hidden_dropout=ALL, mlp_bias=True))
     block.down_bias[...] = jnp.ones(32)  # the bias belongs to the branch
     x, angles = _hidden(_tiny())[0], rotary_angles(jnp.broadcast_to(jnp.arange(6), (2, 6)), TINY)
     np.testing.assert_array_equal(block(x, None, angles, rng=jax.random.key(0))[0], x)

@@ -1,0 +1,396 @@
+"""FP8 linear layers: what is quantized, when, and what a run remembers of it. Models call `linear` and `mlp` only.
+
+    x [.., K] --cast e4m3--+                         e4m3: 448 at most, 3 bits of mantissa
+                           matmul --> y [.., N]      e5m2: 57344 at most, 2 bits
+    kernel    --cast e4m3--+
+                                      g [.., N] --cast e5m2 (`hybrid`)--+--> dx = g . kernel^T,  dkernel = x^T . g
+
+One scale for each tensor: q = round(clip(scale * x)). `fp8_current` takes it from the tensor itself (the largest
+absolute value, amax, becomes the largest FP8 number), which needs a pass before the cast. `fp8_delayed` takes it from
+the largest values of past steps, so that a value is cast where it is computed; what it remembers is the FP8 state:
+
+    {site: {"x" | "grad" | "kernel": {"scale": f32 [L], "history": f32 [L, H]}}}      sites: qkv, o, gate_up, down
+
+The state is no parameter: its "gradient" is its new value, which `training.step` puts in the place of the old one. (A
+layer gets scales alone, and its backward pass returns the amax of each tensor where the scale's gradient would stand;
+`scales` makes new states of them, for all layers at once.) `kernel` is there for trained kernels alone: a frozen one has
+one scale for ever, and is cast when it is loaded (`precision.fp8.quantize_frozen`) into both layouts that products
+need, since FP8 ones want both operands contiguous along the sum.
+
+Which kernels and fusions compute this is the backend's: `fp8_xla` or `fp8_te`, five functions each.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from neva_jax.config import Config, Fp8Config
+from neva_jax.derived import head_dim, kv_heads
+from neva_jax.errors import UserError
+from neva_jax.parallel.mesh import constrain
+from neva_jax.precision import fp8_xla
+
+SITES = {"all": ("qkv", "o", "gate_up", "down"), "attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
+KEPT = "fp8_amax"  # the name of what recomputation must not recompute: scalars that cost a pass each
+State = dict[str, Any]
+Scales = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the linear layers of a model run in FP8.
+
+    delayed: scales from past steps, else from the tensor itself.
+    gradient: dtype of gradients; all else is e4m3.
+    margin, history, algorithm: see `precision.fp8`.
+    sites: the linear layers in FP8, of the layers `first` ... `last` - 1 (`last` counts from the start).
+    stored: the frozen language model's kernels are held in FP8.
+    vision: the encoder's too, always by current scaling: nothing flows back through it, which would carry a state.
+    """
+
+    delayed: bool
+    gradient: Any
+    margin: int
+    history: int
+    algorithm: str
+    sites: tuple[str, ...]
+    first: int
+    last: int
+    stored: bool
+    vision: bool
+    backend: str
+
+    def covers(self, *sites: str) -> bool:
+        """Whether all these sites are in FP8."""
+        return all(site in self.sites for site in sites)
+
+
+class Stored(NamedTuple):
+    """A kernel in FP8 in both layouts, `forward` [*N, *K] and `backward` [*K, *N], and what undoes its scale."""
+
+    forward: jax.Array
+    backward: jax.Array
+    inverse: jax.Array
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The static part of a call: recipe, epsilon of the norm before it (None: no norm)."""
+
+    recipe: Recipe
+    eps: float | None
+
+    @property
+    def ops(self) -> ModuleType:
+        return backend_functions(self.recipe.backend)
+
+
+def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Recipe | None:
+    """The recipe of a configuration on this machine, or None without FP8.
+
+    Args:
+      devices: of the mesh.
+      quantize_frozen: False where the frozen weights themselves are needed, to be saved.
+
+    Raises:
+      UserError: the device has no FP8, or `fp8.backend=te` does not run here.
+    """
+    compute, fp8 = config.precision.compute, config.precision.fp8
+    if not compute.startswith("fp8"):
+        return None
+    device = jax.devices()[0]
+    if device.platform == "gpu" and float(getattr(device, "compute_capability", "0")) < 8.9:
+        raise UserError(
+            f"precision.compute={compute} needs a GPU of compute capability 8.9 (Ada, Hopper or later), not "
+            f"{device.device_kind} ({device.compute_capability}); use bf16"
+        )
+    return Recipe(
+        delayed=compute == "fp8_delayed",
+        gradient=jnp.float8_e5m2 if fp8.format == "hybrid" else jnp.float8_e4m3fn,
+        margin=fp8.margin if compute == "fp8_delayed" else 0,
+        history=fp8.amax_history,
+        algorithm=fp8.amax_algorithm,
+        sites=SITES[fp8.layers],
+        first=fp8.first_layers_bf16,
+        last=config.model.llm.num_layers - fp8.last_layers_bf16,
+        stored=fp8.quantize_frozen and quantize_frozen and config.model.llm.freeze,
+        vision=fp8.vision,
+        backend=choose_backend(fp8, config, devices)[0],
+    )
+
+
+def choose_backend(fp8: Fp8Config, config: Config, devices: int) -> tuple[str, str]:
+    """(`te` or `xla`, why).
+
+    Raises:
+      UserError: `fp8.backend=te` where it does not run.
+    """
+    if fp8.backend == "xla":
+        return "xla", "as configured"
+    problem = _te_problem(config, devices)
+    if problem is None:
+        return "te", "as configured" if fp8.backend == "te" else "Transformer Engine is there"
+    if fp8.backend == "te":
+        raise UserError(f"precision.fp8.backend=te: {problem}; use auto or xla")
+    return "xla", problem
+
+
+def _te_problem(config: Config, devices: int) -> str | None:
+    """Why Transformer Engine cannot be used, or None."""
+    if jax.devices()[0].platform != "gpu":
+        return f"Transformer Engine needs a GPU, here is {jax.devices()[0].platform}"
+    if devices > 1:
+        return f"Transformer Engine serves one device so far, the mesh has {devices}"
+    llm = config.model.llm
+    widths = (llm.hidden_size, llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
+    if any(width % 16 for width in widths):
+        return f"its products need widths that 16 divides, not {', '.join(map(str, widths))}"
+    if not llm.freeze and config.train.micro_batch * config.data.max_length % 16:
+        return (
+            f"its products need tokens that 16 divides, not train.micro_batch={config.train.micro_batch} x "
+            f"data.max_length={config.data.max_length}"
+        )
+    from neva_jax.precision.te import problem
+
+    return problem()
+
+
+def backend_functions(name: str) -> ModuleType:
+    """The module of a backend; Transformer Engine is imported here and not before."""
+    if name == "xla":
+        return fp8_xla
+    from neva_jax.precision import fp8_te
+
+    return fp8_te
+
+
+def describe(config: Config, devices: int, stored: bool) -> str:
+    """One line for the run's log: backend and why, scaling, layers, frozen weights."""
+    fp8, llm = config.precision.fp8, config.model.llm
+    backend, why = choose_backend(fp8, config, devices)
+    scaling = "current scaling"
+    if config.precision.compute == "fp8_delayed":
+        scaling = f"delayed scaling ({fp8.amax_algorithm} of {fp8.amax_history} steps, margin {fp8.margin})"
+    kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
+    layers = f"{fp8.layers} linear layers" if fp8.layers == "all" else f"linear layers of the {fp8.layers}"
+    weights = ("quantized once" if stored else "quantized in every step") if llm.freeze else "trained"
+    return (
+        f"fp8: {backend} backend ({why}), {fp8.format}, {scaling}, {layers} of {llm.num_layers - kept} of "
+        f"{llm.num_layers} layers, weights {weights}{', vision encoder too' if fp8.vision else ''}"
+    )
+
+
+# --- state
+
+
+def initial_state(recipe: Recipe | None, trained: bool) -> State:
+    """Scales 1 and empty histories; {} where the recipe needs no state. `trained`: kernels have a history too."""
+    if recipe is None or not recipe.delayed:
+        return {}
+    layers = recipe.last - recipe.first
+
+    def meta() -> dict[str, jax.Array]:
+        return {"scale": jnp.ones(layers, jnp.float32), "history": jnp.zeros((layers, recipe.history), jnp.float32)}
+
+    tensors = ("x", "grad", "kernel") if trained else ("x", "grad")
+    return {site: {tensor: meta() for tensor in tensors} for site in recipe.sites}
+
+
+def updated(meta: State, amax: jax.Array, dtype: Any, recipe: Recipe) -> State:
+    """A tensor's state after a step in which its largest absolute value was `amax`.
+
+    As Transformer Engine does it: `amax` goes to place 0, the scale of the next step follows from the largest of the
+    history (or from place 0 alone), and the history rolls by one. A zero or non-finite value leaves the scale as it is.
+    meta: {"scale": [L], "history": [L, H]}; amax: [L].
+    """
+    amax = jnp.where(jnp.isfinite(amax), amax, 0)
+    history = meta["history"].at[:, 0].set(amax)
+    top = jnp.max(history, axis=1) if recipe.algorithm == "max" else amax
+    scale = jnp.where(top > 0, fp8_xla.largest(dtype) / jnp.where(top > 0, top, 1) / 2.0**recipe.margin, meta["scale"])
+    return {"scale": scale, "history": jnp.roll(history, -1, axis=1).at[:, 0].set(0)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scales(recipe: Recipe, states: State) -> Scales:
+    """What layers need of the state, {site: {tensor: f32 [L]}}; the state's "gradient" is its next value."""
+    return jax.tree.map(lambda meta: meta["scale"], states, is_leaf=lambda node: "scale" in node)
+
+
+def _scales_forward(recipe: Recipe, states: State) -> tuple[Scales, State]:
+    return scales(recipe, states), states
+
+
+def _scales_backward(recipe: Recipe, states: State, amax: Scales) -> tuple[State]:
+    dtypes = {"x": jnp.float8_e4m3fn, "kernel": jnp.float8_e4m3fn, "grad": recipe.gradient}
+    return (
+        {
+            site: {name: updated(meta, amax[site][name], dtypes[name], recipe) for name, meta in tensors.items()}
+            for site, tensors in states.items()
+        },
+    )
+
+
+scales.defvjp(_scales_forward, _scales_backward)
+
+
+# --- kernels
+
+
+def store(kernel: jax.Array, inputs: int, scales: Scales | None = None) -> tuple[Stored, jax.Array]:
+    """A kernel [*K, *N] whose first `inputs` dimensions are summed over, in FP8 -> (both layouts, its amax)."""
+    cast = fp8_xla.cast(kernel, (scales or {}).get("kernel"), jnp.float8_e4m3fn)
+    order = (*range(inputs, kernel.ndim), *range(inputs))
+    return Stored(jnp.transpose(cast.values, order), cast.values, cast.inverse), cast.amax
+
+
+def _stored(kernel: jax.Array | Stored, inputs: int, scales: Scales) -> tuple[Stored, jax.Array | None]:
+    if isinstance(kernel, Stored):
+        return kernel, None
+    stored, amax = store(kernel, inputs, scales)
+    return stored, checkpoint_name(amax, KEPT)
+
+
+def _met(scales: Scales, amax: dict[str, Any]) -> Scales:
+    """The amax of each tensor, in the place of its scale's gradient."""
+    return {tensor: amax[tensor] for tensor in scales}
+
+
+# --- one linear layer
+
+
+def linear(
+    recipe: Recipe,
+    x: jax.Array,
+    kernel: jax.Array | Stored,
+    scales: Scales,
+    *,
+    inputs: int = 1,
+    norm: tuple[jax.Array, float] | None = None,
+) -> jax.Array:
+    """x [B, T, *K] times kernel [*K, *N] in FP8 -> [B, T, *N] in x's dtype.
+
+    Args:
+      kernel: [*K, *N], quantized in every step, and trained where it is differentiated; or what `store` gave.
+      scales: of this site and layer; {} for current scaling.
+      inputs: dimensions of K.
+      norm: (gamma [K], epsilon): an RMS norm of x comes first, in the same pass as the cast.
+    """
+    gamma, eps = (None, None) if norm is None else norm
+    return _linear(_Call(recipe, eps), inputs, x, gamma, kernel, scales)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear(call: _Call, inputs: int, x: jax.Array, gamma: Any, kernel: Any, scales: Scales) -> jax.Array:
+    return _linear_forward(call, inputs, x, gamma, kernel, scales)[0]
+
+
+def _linear_forward(
+    call: _Call, inputs: int, x: jax.Array, gamma: Any, kernel: Any, scales: Scales
+) -> tuple[jax.Array, Any]:
+    y, cast, kept = _first_product(call, inputs, x, gamma, kernel, scales)
+    x = None if call.eps is None else x
+    return y, (x, gamma, _values(cast, kernel), kept, cast.amax, scales)
+
+
+def _linear_backward(call: _Call, inputs: int, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    x, gamma, values, (kernel, inverse, kernel_amax), amax, scales = kept
+    ops = call.ops
+    cast = ops.cast(g, scales.get("grad"), call.recipe.gradient)
+    dx = ops.product(cast, kernel, inverse, g.ndim - 2, g.dtype, fast=False)
+    dkernel = None if values is None else ops.outer(values, cast, g.dtype)
+    dgamma = None
+    if call.eps is not None:
+        dx, dgamma = ops.norm_grad(constrain(dx, "batch", "length", "features"), x, gamma, call.eps)
+    new = _met(scales, {"x": amax, "kernel": kernel_amax, "grad": cast.amax})
+    return dx, dgamma, dkernel, new
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _first_product(
+    call: _Call, inputs: int, x: jax.Array, gamma: Any, kernel: Any, scales: Scales
+) -> tuple[jax.Array, Any, Any]:
+    """(norm,) cast and product -> (y, the cast x, (the kernel for the way back, its inverse scale, its amax))."""
+    scale, ops = scales.get("x"), call.ops
+    if call.eps is None:
+        cast = ops.cast(x, scale, jnp.float8_e4m3fn)
+    else:
+        cast = ops.norm_cast(x, gamma, call.eps, scale, jnp.float8_e4m3fn)
+        # With sequence parallelism it is the FP8 values that travel.
+        cast = cast._replace(values=constrain(cast.values, "batch", "length", "features"))
+    cast = cast._replace(amax=checkpoint_name(cast.amax, KEPT), inverse=checkpoint_name(cast.inverse, KEPT))
+    stored, amax = _stored(kernel, inputs, scales)
+    y = ops.product(cast, stored.forward, stored.inverse, inputs, x.dtype, fast=True)
+    return y, cast, (stored.backward, stored.inverse, amax)
+
+
+def _values(cast: Any, kernel: Any) -> Any:
+    """What the kernel's gradient needs of x: nothing where it is stored, and so never trained."""
+    return None if isinstance(kernel, Stored) else (cast.values, cast.inverse)
+
+
+# --- the MLP as a whole
+
+
+def mlp(
+    recipe: Recipe,
+    x: jax.Array,
+    norm: tuple[jax.Array, float],
+    kernels: tuple[jax.Array | Stored, jax.Array | Stored],
+    scales: tuple[Scales, Scales],
+) -> jax.Array:
+    """RMS norm, gate and up, SwiGLU, down: x [B, T, D] -> [B, T, D], everything between the products cast at once.
+
+    Args:
+      norm: (gamma [D], epsilon).
+      kernels: gate and up [D, 2, F], down [F, D], as in `linear`.
+      scales: of the sites gate_up and down.
+    """
+    return _mlp(_Call(recipe, norm[1]), x, norm[0], kernels, scales)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mlp(call: _Call, x: jax.Array, gamma: jax.Array, kernels: Any, scales: Any) -> jax.Array:
+    return _mlp_forward(call, x, gamma, kernels, scales)[0]
+
+
+def _mlp_forward(call: _Call, x: jax.Array, gamma: jax.Array, kernels: Any, scales: Any) -> tuple[jax.Array, Any]:
+    ops = call.ops
+    halves, cast, kept = _first_product(call, 1, x, gamma, kernels[0], scales[0])
+    halves = constrain(halves, "batch", "length", None, "mlp")
+    inner = ops.swiglu_cast(halves, scales[1].get("x"), jnp.float8_e4m3fn)
+    inner = inner._replace(amax=checkpoint_name(inner.amax, KEPT), inverse=checkpoint_name(inner.inverse, KEPT))
+    down, down_amax = _stored(kernels[1], 1, scales[1])
+    y = ops.product(inner, down.forward, down.inverse, 1, x.dtype, fast=True)
+    values = (_values(cast, kernels[0]), _values(inner, kernels[1]))
+    kept = (kept, (down.backward, down.inverse, down_amax))
+    return y, (x, gamma, halves, values, kept, (cast.amax, inner.amax), scales)
+
+
+def _mlp_backward(call: _Call, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    x, gamma, halves, values, ((kernel, inverse, kernel_amax), (down, down_inverse, down_amax)), amax, scales = kept
+    ops, gradient = call.ops, call.recipe.gradient
+    cast = ops.cast(g, scales[1].get("grad"), gradient)
+    dinner = ops.product(cast, down, down_inverse, 1, x.dtype, fast=False)
+    dinner = constrain(dinner, "batch", "length", "mlp")
+    inner = ops.swiglu_grad_cast(dinner, halves, scales[0].get("grad"), gradient)
+    dx = ops.product(inner, kernel, inverse, 2, x.dtype, fast=False)
+    dx, dgamma = ops.norm_grad(constrain(dx, "batch", "length", "features"), x, gamma, call.eps)
+    dkernels = (
+        None if values[0] is None else ops.outer(values[0], inner, x.dtype),
+        None if values[1] is None else ops.outer(values[1], cast, x.dtype),
+    )
+    new = (
+        _met(scales[0], {"x": amax[0], "kernel": kernel_amax, "grad": inner.amax}),
+        _met(scales[1], {"x": amax[1], "kernel": down_amax, "grad": cast.amax}),
+    )
+    return dx, dgamma, dkernels, new
+
+
+_mlp.defvjp(_mlp_forward, _mlp_backward)
