@@ -159,11 +159,12 @@ def run(config: Config) -> int:
         stream = batches(train_rows, config, tokenizer, samples, left, plans)
         bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
         packed, chunk = config.data.pack, config.train.loss_chunk
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
+        options = fp8.compiler_options(fp8.recipe(config, mesh.size))
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), options)
         validation = None
         if val_rows is not None:
             validation = Validation(
-                make_eval_step(graphdef, chunk, packed),
+                make_eval_step(graphdef, chunk, packed, options),
                 val_rows,
                 val_plans,
                 BadRowCount(val_rows, config.data, "val", log.bad_rows),

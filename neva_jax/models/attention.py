@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from neva_jax.config import ModelConfig
-from neva_jax.derived import head_dim
+from neva_jax.derived import head_dim, patch_grid
 from neva_jax.errors import UserError
 from neva_jax.models.layers import dropout
 from neva_jax.precision import te
@@ -78,7 +78,14 @@ def attend(
         if dropout_rate and rng is not None:
             raise ValueError("attention backend cudnn has no dropout; use xla")
         local = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn")
+        length = q.shape[1]
+        if causal and length % 2:
+            # JAX refuses to differentiate odd lengths; what is added at the right nobody sees.
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        attended = jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, local_window_size=local, implementation="cudnn"
+        )
+        return attended[:, :length]
     if backend == "te":
         if segment_ids is None or not causal or (dropout_rate and rng is not None):
             raise ValueError("attention backend te is for causal attention in packed rows, without dropout")
@@ -182,12 +189,15 @@ def choose_backends(config: ModelConfig, dtype: jnp.dtype, segments: int = 1, de
       UserError: a kernel is asked for where it does not run.
     """
     name, width, rate = config.attention, head_dim(config.llm), config.llm.attention_dropout
-    vision_width = config.vision.hidden_size // config.vision.num_heads
+    vision = config.vision
+    tokens = patch_grid(vision) ** 2 + (vision.kind == "clip")
+    # JAX refuses to differentiate cuDNN's kernel for an odd number of tokens (CLIP's class token makes it odd).
+    vision_name = "auto" if name != "xla" and (vision.freeze or tokens % 2 == 0) else "xla"
     packed = choose_packed_backend(name, dtype, width, rate, devices)[0] if segments > 1 else "xla"
     return Backends(
         single=choose_backend(name, dtype, width, rate),
         packed=packed,
-        vision=choose_backend("xla" if name == "xla" else "auto", dtype, vision_width),
+        vision=choose_backend(vision_name, dtype, vision.hidden_size // vision.num_heads),
         segments=segments,
     )
 

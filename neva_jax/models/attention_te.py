@@ -1,6 +1,14 @@
-"""Transformer Engine's attention for packed rows: cuDNN computes the segments alone, not the whole square of a row."""
+"""Transformer Engine's attention for packed rows: cuDNN computes the segments alone, not the whole square of a row.
+
+Its kernels leave what stands at padding as it was in memory, forward and backward; here it is zero. They ask for the
+mesh while they are traced, which for the backward pass is later than the call: hence a `custom_vjp` around theirs.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from transformer_engine.jax.attention import (
     AttnBiasType,
     AttnMaskType,
@@ -10,6 +18,8 @@ from transformer_engine.jax.attention import (
     fused_attn,
 )
 from transformer_engine.jax.sharding import MeshResource, global_shard_guard
+
+NO_MESH = MeshResource()
 
 
 def ragged(
@@ -21,8 +31,27 @@ def ragged(
     segments: int,
     window: int | None,
 ) -> jax.Array:
-    """Causal attention within each segment; arguments as `attend`'s. What stands at padding is not defined."""
-    with global_shard_guard(MeshResource()):
+    """Causal attention within each segment; arguments as `attend`'s."""
+    real = (segment_ids > 0)[:, :, None, None]
+    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))  # for their gradients
+    return jnp.where(real, _fused(segments, window, q, k, v, segment_ids, positions), 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(segments: int, window: int | None, *arrays: jax.Array) -> jax.Array:
+    return _forward(segments, window, *arrays)[0]
+
+
+def _forward(
+    segments: int,
+    window: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+) -> tuple[jax.Array, Callable]:
+    def call(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return fused_attn(
             (q, k, v),
             None,
@@ -38,3 +67,14 @@ def ragged(
             max_segments_per_seq=segments,
             window_size=None if window is None else (window - 1, 0),
         )
+
+    with global_shard_guard(NO_MESH):
+        return jax.vjp(call, q, k, v)
+
+
+def _backward(segments: int, window: int | None, back: Callable, g: jax.Array) -> tuple[jax.Array | None, ...]:
+    with global_shard_guard(NO_MESH):
+        return *back(g), None, None
+
+
+_fused.defvjp(_forward, _backward)

@@ -13,11 +13,11 @@ the largest values of past steps, so that a value is cast where it is computed; 
 
 The state is no parameter: its "gradient" is its new value, which `training.step` puts in the place of the old one. (A
 layer gets scales alone, and its backward pass returns the amax of each tensor where the scale's gradient would stand;
-`scales` makes new states of them, for all layers at once.) `kernel` is there for trained kernels alone: a frozen one has
-one scale for ever, and is cast when it is loaded (`precision.fp8.quantize_frozen`) into both layouts that products
-need, since FP8 ones want both operands contiguous along the sum.
+`scales` makes new states of them, for all layers at once.) `kernel` is there for trained kernels alone. A frozen one
+has one scale for ever, and is cast when it is loaded (`precision.fp8.quantize_frozen`), into both layouts that the
+products need: FP8 ones want both operands contiguous along the sum.
 
-Which kernels and fusions compute this is the backend's: `fp8_xla` or `fp8_te`, five functions each.
+Which kernels compute this is the backend's: `fp8_xla`, or `fp8_te` with the same functions.
 """
 
 from dataclasses import dataclass
@@ -149,12 +149,7 @@ def _te_problem(config: Config, devices: int) -> str | None:
     llm = config.model.llm
     widths = (llm.hidden_size, llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
     if any(width % 16 for width in widths):
-        return f"its products need widths that 16 divides, not {', '.join(map(str, widths))}"
-    if not llm.freeze and config.train.micro_batch * config.data.max_length % 16:
-        return (
-            f"its products need tokens that 16 divides, not train.micro_batch={config.train.micro_batch} x "
-            f"data.max_length={config.data.max_length}"
-        )
+        return f"its kernels need widths that 16 divides, not {', '.join(map(str, widths))}"
     from neva_jax.precision.te import problem
 
     return problem()
@@ -167,6 +162,14 @@ def backend_functions(name: str) -> ModuleType:
     from neva_jax.precision import fp8_te
 
     return fp8_te
+
+
+def compiler_options(recipe: Recipe | None) -> dict[str, Any] | None:
+    """What a program with FP8 layers is compiled with: for FP8 XLA would try its Triton products too, for minutes (more
+    than 150 s for eight 7B layers on an H100, against 5 s), though cublasLt's are there."""
+    if recipe is None or jax.devices()[0].platform != "gpu":
+        return None
+    return {"xla_gpu_enable_triton_gemm": False}
 
 
 def describe(config: Config, devices: int, stored: bool) -> str:
@@ -316,7 +319,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 def _first_product(
     call: _Call, inputs: int, x: jax.Array, gamma: Any, kernel: Any, scales: Scales
 ) -> tuple[jax.Array, Any, Any]:
-    """(norm,) cast and product -> (y, the cast x, (the kernel for the way back, its inverse scale, its amax))."""
+    """(norm,) cast and product -> (y, the cast x, (kernel for the way back, its inverse scale, its amax))."""
     scale, ops = scales.get("x"), call.ops
     if call.eps is None:
         cast = ops.cast(x, scale, jnp.float8_e4m3fn)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from neva_jax.precision import fp8
+from neva_jax.precision.fp8 import State as Fp8State
 from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     trained: Parameters
     optimizer: optax.OptState
-    fp8: fp8.State = {}  # noqa: RUF012 (nobody changes it)
+    fp8: Fp8State = {}  # noqa: RUF012 (nobody changes it)
 
 
 def batch_nll(
@@ -37,7 +37,7 @@ def batch_nll(
     chunk: int,
     packed: bool = False,
     rng: jax.Array | None = None,
-    states: fp8.State | None = None,
+    states: Fp8State | None = None,
 ) -> jax.Array:
     """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32.
 
@@ -57,8 +57,8 @@ def gradients(
     chunk: int,
     packed: bool = False,
     rng: jax.Array | None = None,
-    states: fp8.State | None = None,
-) -> tuple[jax.Array, Parameters, fp8.State]:
+    states: Fp8State | None = None,
+) -> tuple[jax.Array, Parameters, Fp8State]:
     """Mean token loss of the global batch (arrays [A, B, ...]), gradients of the trained parameters, FP8's new state.
 
     Micro batch a drops out by the key fold_in(rng, a); rng None: no dropout. The FP8 state's "gradient" is its new
@@ -69,13 +69,13 @@ def gradients(
     count = batch["tokens"].shape[0]
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
-    def micro_loss(trained: Parameters, states: fp8.State, part: Part) -> jax.Array:
+    def micro_loss(trained: Parameters, states: Fp8State, part: Part) -> jax.Array:
         micro, rng = part
         return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng, states) / weights
 
     differentiated = jax.value_and_grad(micro_loss, argnums=(0, 1))
 
-    def accumulate(total: tuple[jax.Array, Parameters, fp8.State], part: Part) -> tuple[Any, None]:
+    def accumulate(total: tuple[jax.Array, Parameters, Fp8State], part: Part) -> tuple[Any, None]:
         loss, (grads, states) = differentiated(trained, total[2], part)
         return (*jax.tree.map(jnp.add, total[:2], (loss, grads)), states), None
 
@@ -93,11 +93,13 @@ def make_train_step(
     chunk: int,
     packed: bool = False,
     dropout_seed: int | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
     Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars. Dropout is a function of (`dropout_seed`,
-    step, micro batch, layer), so a resumed run repeats it; None for a model without.
+    step, micro batch, layer), so a resumed run repeats it; None for a model without. `compiler_options`: XLA's
+    (`precision.fp8.compiler_options`).
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
@@ -108,11 +110,11 @@ def make_train_step(
         trained = optax.apply_updates(state.trained, updates)
         return TrainState(state.step + 1, trained, optimizer_state, states), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, chunk: int, packed: bool = False
+    graphdef: nnx.GraphDef, chunk: int, packed: bool = False, compiler_options: dict[str, Any] | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The compiled validation step: (trained, frozen, batch [A, B, ...]) -> (sum of token losses, sum of weights).
 
@@ -120,7 +122,7 @@ def make_eval_step(
     """
 
     def eval_step(
-        trained: Parameters, frozen: Parameters, batch: Arrays, states: fp8.State | None = None
+        trained: Parameters, frozen: Parameters, batch: Arrays, states: Fp8State | None = None
     ) -> tuple[jax.Array, jax.Array]:
         def add(total: jax.Array, micro: Arrays) -> tuple[jax.Array, None]:
             nll = batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, states=states)
@@ -128,4 +130,4 @@ def make_eval_step(
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["loss_weights"])
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, compiler_options=compiler_options)

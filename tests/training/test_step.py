@@ -89,7 +89,7 @@ def compute_gradients(accumulate, frozen=()):
     graphdef, trained, rest = model(*frozen)
     # Unoptimised: it compiles faster, and runs once.
     compute = jax.jit(partial(gradients, graphdef, chunk=CHUNK), compiler_options={"xla_backend_optimization_level": 0})
-    return compute(trained, rest, batch=in_micro_batches(rows(), accumulate))
+    return compute(trained, rest, batch=in_micro_batches(rows(), accumulate))[:2]
 
 
 @cache
