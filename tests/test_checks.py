@@ -230,7 +230,27 @@ BAD_OVERRIDES = {
     ),
     "infinite weight": ([f"data.train=[{SOURCE[:-2]}, weight: .inf}}}}]"], ["data.train[0].weight=inf"]),
     "no room for text": (["data.max_length=16"], ["data.max_length=16", "16 tokens", "image_size=32", "patch_size=8"]),
-    "FP8": (["precision.compute=fp8_delayed"], ["precision.compute=fp8_delayed", "not available"]),
+    "no layer in FP8": (
+        ["precision.compute=fp8_current", "precision.fp8.first_layers_bf16=1", "precision.fp8.last_layers_bf16=1"],
+        ["first_layers_bf16=1", "last_layers_bf16=1", "num_layers=2", "bf16"],
+    ),
+    "FP8 with fp32 weights": (
+        ["precision.compute=fp8_current", "precision.frozen=fp32"],
+        ["precision.frozen=fp32", "fp8_current"],
+    ),
+    "FP8 in a trained encoder": (
+        ["precision.compute=fp8_delayed", "precision.fp8.vision=true", "model.vision.freeze=false"],
+        ["precision.fp8.vision=true", "model.vision.freeze"],
+    ),
+    "groups of layers across FP8": (
+        [
+            *("precision.compute=fp8_delayed", "precision.fp8.first_layers_bf16=1", "model.llm.num_layers=4"),
+            *("train.remat=full", "train.remat_layers=2"),
+        ],
+        ["train.remat_layers=2", "first_layers_bf16=1"],
+    ),
+    "no history": (["precision.fp8.amax_history=0"], ["precision.fp8.amax_history=0", "at least 1"]),
+    "negative margin": (["precision.fp8.margin=-1"], ["precision.fp8.margin=-1", "not be negative"]),
     "trained without a base": (["checkpoint.contents=trained"], ["checkpoint.contents=trained", "model.init_from"]),
     # --- batch and mesh
     "global and micro batch": (["train.micro_batch=3"], ["train.global_batch=8", "train.micro_batch=3"]),

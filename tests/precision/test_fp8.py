@@ -1,0 +1,274 @@
+"""The XLA backend against numpy: ml_dtypes casts, float64 sums, and the state's evolution over steps."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig
+from neva_jax.errors import UserError
+from neva_jax.precision import fp8, fp8_xla, te
+
+E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+TOP = {E4M3: 448.0, E5M2: 57344.0}
+B, T, D, F = 2, 5, 16, 24
+CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, "xla")
+DELAYED = dataclasses.replace(CURRENT, delayed=True)
+
+
+def _normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _cast(x, dtype, scale=None):
+    """What a tensor is after its cast and back, in float64."""
+    x = np.asarray(x, np.float32)
+    scale = np.float32(TOP[dtype] / np.abs(x).max()) if scale is None else np.float32(scale)
+    inverse = np.float64(np.float32(1) / scale)
+    return np.clip(x * scale, -TOP[dtype], TOP[dtype]).astype(dtype).astype(np.float64) * inverse
+
+
+def _off(ours, expected):
+    return np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
+
+
+# --- casts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("scale", [None, 3.0, 1e4])
+def test_a_cast_is_ml_dtypes_with_saturation(dtype, scale):
+    x = _normal(0, 7, 33) * 5
+    cast = jax.jit(lambda x: fp8_xla.cast(x, None if scale is None else jnp.float32(scale), dtype))(x)
+    used = np.float32(TOP[dtype] / np.abs(x).max()) if scale is None else np.float32(scale)
+    expected = np.clip(x * used, -TOP[dtype], TOP[dtype]).astype(dtype)
+    np.testing.assert_array_equal(np.asarray(cast.values).view(np.uint8), expected.view(np.uint8))
+    assert float(cast.amax) == np.abs(x).max()
+    assert float(cast.inverse) == np.float32(1) / used
+
+
+@pytest.mark.parametrize("bad", [0.0, np.inf])
+def test_a_tensor_without_a_usable_largest_value_keeps_scale_one(bad):
+    x = np.full((4, 4), bad, np.float32)
+    cast = fp8_xla.cast(jnp.asarray(x), None, jnp.float8_e4m3fn)
+    assert float(cast.inverse) == 1
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _arguments():
+    gamma = 1 + 0.1 * _normal(3, D)
+    return 3 * _normal(0, B, T, D), gamma, 0.3 * _normal(1, D, 2, F), 0.2 * _normal(2, F, D), 1e-3 * _normal(4, B, T, D)
+
+
+def _norm(x, gamma, eps=1e-5):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gamma
+
+
+def _norm_grad(dy, x, gamma, eps=1e-5):
+    x = np.asarray(x, np.float64)
+    inverse = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+    dx = inverse * (dy * gamma - x * inverse**2 * np.mean(dy * gamma * x, axis=-1, keepdims=True))
+    return dx, np.sum(dy * x * inverse, axis=(0, 1))
+
+
+@pytest.mark.parametrize("gradient", [E5M2, E4M3])
+def test_linear_and_its_gradients(gradient):
+    x, _, _, _, g = _arguments()
+    kernel = 0.3 * _normal(7, 4, 4, D)  # two dimensions that are summed over
+    x = x.reshape(B, T, 4, 4)
+    recipe = dataclasses.replace(CURRENT, gradient=gradient)
+    y, back = jax.vjp(lambda x, kernel: fp8.linear(recipe, x, kernel, {}, inputs=2), x, kernel)
+    dx, dkernel = back(jnp.asarray(g))
+    qx, qk, qg = _cast(x, E4M3), _cast(kernel, E4M3), _cast(g, gradient)
+    assert _off(y, np.einsum("btij,ijd->btd", qx, qk)) < 1e-6
+    assert _off(dx, np.einsum("btd,ijd->btij", qg, qk)) < 1e-6
+    assert _off(dkernel, np.einsum("btij,btd->ijd", qx, qg)) < 1e-6
+
+
+def test_mlp_and_its_gradients():
+    x, gamma, gate_up, down, g = _arguments()
+    run = lambda x, gamma, a, b: fp8.mlp(CURRENT, x, (gamma, 1e-5), (a, b), ({}, {}))  # noqa: E731
+    y, back = jax.vjp(run, x, gamma, gate_up, down)
+    gradients = back(jnp.asarray(g))
+
+    normed = _cast(_norm(x, gamma), E4M3)
+    halves = np.einsum("btd,dif->btif", normed, _cast(gate_up, E4M3))
+    gate, up = halves[:, :, 0], halves[:, :, 1]
+    gain = 1 / (1 + np.exp(-gate))
+    inner = _cast(gate * gain * up, E4M3)
+    qg = _cast(g, E5M2)
+    dinner = qg @ _cast(down, E4M3).T
+    dhalves = np.stack([dinner * up * gain * (1 + gate * (1 - gain)), dinner * gate * gain], axis=2)
+    dhalves = _cast(dhalves, E5M2)
+    dnormed = np.einsum("btif,dif->btd", dhalves, _cast(gate_up, E4M3))
+    dx, dgamma = _norm_grad(dnormed, x, gamma)
+    expected = (
+        dx,
+        dgamma,
+        np.einsum("btd,btif->dif", normed, dhalves),
+        np.einsum("btf,btd->fd", inner, qg),
+    )
+    # A value next to the middle of two FP8 numbers may round the other way in fp32: a step of 6 % of one element.
+    assert _off(y, inner @ _cast(down, E4M3)) < 3e-3
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert _off(ours, theirs) < 1e-2
+
+
+def test_a_norm_before_a_linear_layer_is_cast_without_rounding():
+    x, gamma, gate_up, _, _ = _arguments()
+    y = fp8.linear(CURRENT, x, gate_up, {}, norm=(gamma, 1e-5))
+    assert _off(y, np.einsum("btd,dif->btif", _cast(_norm(x, gamma), E4M3), _cast(gate_up, E4M3))) < 3e-3
+
+
+def test_fp32_is_near():
+    x, gamma, gate_up, down, g = _arguments()
+
+    def exact(x, gamma, gate_up, down):
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * gamma
+        halves = jnp.einsum("btd,dif->btif", y, gate_up)
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(halves[:, :, 0]) * halves[:, :, 1], down)
+
+    run = lambda x, gamma, a, b: fp8.mlp(CURRENT, x, (gamma, 1e-5), (a, b), ({}, {}))  # noqa: E731
+    (y, back), (expected, expected_back) = (jax.vjp(f, x, gamma, gate_up, down) for f in (run, exact))
+    assert _off(y, np.asarray(expected)) < 0.1
+    for ours, theirs in zip(back(jnp.asarray(g)), expected_back(jnp.asarray(g)), strict=True):
+        assert _off(ours, np.asarray(theirs)) < 0.15
+
+
+# --- the state of delayed scaling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("algorithm", "margin"), [("max", 0), ("most_recent", 0), ("max", 2)])
+def test_scales_follow_the_largest_values_of_past_steps(algorithm, margin):
+    """Six steps of one layer: numpy keeps the last four largest values of each tensor."""
+    recipe = dataclasses.replace(DELAYED, algorithm=algorithm, margin=margin, sites=("o",))
+    states = fp8.initial_state(recipe, trained=True)
+    seen = {"x": [], "kernel": [], "grad": []}
+    scale = dict.fromkeys(seen, 1.0)
+
+    @jax.jit
+    def step(x, kernel, states, g):
+        def call(x, kernel, states):
+            scales = jax.tree.map(lambda s: s[0], fp8.scales(recipe, states)["o"])
+            return fp8.linear(recipe, x, kernel, scales)
+
+        y, back = jax.vjp(call, x, kernel, states)
+        return y, *back(g)
+
+    for i, size in enumerate((1.0, 8.0, 2.0, 0.5, 0.0, 0.25)):
+        x, kernel, g = size * _normal(i, B, T, D), _normal(50 + i, D, F), size * _normal(90 + i, B, T, F)
+        y, dx, _, states = step(x, kernel, states, g)
+        qx, qk = _cast(x, E4M3, scale["x"]), _cast(kernel, E4M3, scale["kernel"])
+        if size:
+            assert _off(y, qx @ qk) < 1e-6
+            assert _off(dx, _cast(g, E5M2, scale["grad"]) @ qk.T) < 1e-6
+        for tensor, value in (("x", x), ("kernel", kernel), ("grad", g)):
+            seen[tensor].append(np.abs(value).max())
+            top = max(seen[tensor][-4:]) if algorithm == "max" else seen[tensor][-1]
+            if top > 0:
+                scale[tensor] = TOP[E5M2 if tensor == "grad" else E4M3] / top / 2**margin
+            meta = states["o"][tensor]
+            np.testing.assert_allclose(meta["scale"], [scale[tensor]], rtol=1e-6)
+            # The newest at the end, the free place for the next one first.
+            np.testing.assert_array_equal(
+                np.sort(np.asarray(meta["history"][0])), np.sort([*([0.0] * 4 + seen[tensor])[-3:], 0.0])
+            )
+
+
+def test_a_history_of_one_and_non_finite_values():
+    recipe = dataclasses.replace(DELAYED, history=1)
+    meta = {"scale": jnp.array([3.0, 3.0, 3.0]), "history": jnp.zeros((3, 1))}
+    new = fp8.updated(meta, jnp.array([7.0, jnp.inf, jnp.nan]), jnp.float8_e4m3fn, recipe)
+    np.testing.assert_allclose(new["scale"], [64, 3, 3])
+    np.testing.assert_array_equal(new["history"], np.zeros((3, 1)))
+
+
+def test_what_has_a_state():
+    assert fp8.initial_state(None, True) == fp8.initial_state(CURRENT, True) == {}
+    recipe = dataclasses.replace(DELAYED, sites=fp8.SITES["mlp"], first=2, last=7)
+    state = fp8.initial_state(recipe, trained=False)
+    assert {site: set(tensors) for site, tensors in state.items()} == {"gate_up": {"x", "grad"}, "down": {"x", "grad"}}
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(5,), (5, 4)}
+    assert set(fp8.initial_state(recipe, trained=True)["down"]) == {"x", "grad", "kernel"}
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def _config(compute="fp8_delayed", freeze=True, **settings):
+    model = ModelConfig(llm=LlmConfig(num_layers=8, freeze=freeze))
+    return Config(model=model, precision=PrecisionConfig(compute=compute, fp8=Fp8Config(**settings)))
+
+
+def test_a_recipe_follows_the_configuration():
+    assert fp8.recipe(_config("bf16")) is None
+    recipe = fp8.recipe(_config(format="e4m3", margin=1, layers="attention", first_layers_bf16=1, last_layers_bf16=2))
+    assert recipe.delayed and recipe.stored and recipe.backend == "xla"
+    assert (recipe.gradient, recipe.margin, recipe.history) == (jnp.float8_e4m3fn, 1, 1024)
+    assert recipe.covers("qkv", "o") and not recipe.covers("down")
+    assert (recipe.first, recipe.last) == (1, 6)
+    assert not fp8.recipe(_config(freeze=False)).stored
+    assert not fp8.recipe(_config(), quantize_frozen=False).stored
+    assert not fp8.recipe(_config(quantize_frozen=False)).stored
+    assert fp8.recipe(_config("fp8_current", margin=3)).margin == 0
+
+
+class _Gpu:
+    platform, device_kind = "gpu", "NVIDIA GPU"
+
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+def test_transformer_engine_where_it_is_not(monkeypatch):
+    with pytest.raises(
+        UserError, match=r"precision\.fp8\.backend=te: Transformer Engine needs a GPU, here is cpu; use"
+    ):
+        fp8.recipe(_config(backend="te"))
+    assert "xla backend (Transformer Engine needs a GPU, here is cpu)" in fp8.describe(_config(), 1, True)
+    monkeypatch.setattr(jax, "devices", lambda: [_Gpu("9.0")])
+    te.problem.cache_clear()
+    with pytest.raises(UserError, match=r"Transformer Engine is not installed \(requirements-gpu.txt\)"):
+        fp8.recipe(_config(backend="te"))
+    monkeypatch.setattr(te, "version", lambda _: "2.9.0")
+    te.problem.cache_clear()
+    with pytest.raises(UserError, match=r"Transformer Engine 2\.9\.0 is too old, 2\.11 is needed"):
+        fp8.recipe(_config(backend="te"))
+    monkeypatch.setattr(te, "version", lambda _: "2.11.0")
+    te.problem.cache_clear()
+    with pytest.raises(UserError, match=r"2\.11\.0 cannot be imported \(ModuleNotFoundError"):
+        fp8.recipe(_config(backend="te"))
+    monkeypatch.setattr(te, "problem", lambda: None)
+    assert fp8.recipe(_config()).backend == fp8.recipe(_config(backend="te")).backend == "te"
+    assert fp8.recipe(_config(), devices=2).backend == fp8.recipe(_config(backend="xla")).backend == "xla"
+    with pytest.raises(UserError, match="serves one device so far, the mesh has 2"):
+        fp8.recipe(_config(backend="te"), devices=2)
+    narrow = dataclasses.replace(_config(backend="te").model.llm, intermediate_size=100)
+    config = dataclasses.replace(_config(backend="te"), model=ModelConfig(llm=narrow))
+    with pytest.raises(UserError, match="widths that 16 divides, not 4096, 100"):
+        fp8.recipe(config)
+
+
+def test_a_card_without_fp8(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [_Gpu("8.0")])
+    with pytest.raises(
+        UserError, match=r"precision\.compute=fp8_delayed needs .* 8\.9 .* not NVIDIA GPU \(8\.0\); use"
+    ):
+        fp8.recipe(_config())
+
+
+def test_what_the_log_says():
+    line = fp8.describe(_config(last_layers_bf16=1, layers="mlp"), 1, stored=True)
+    assert line == (
+        "fp8: xla backend (Transformer Engine needs a GPU, here is cpu), hybrid, delayed scaling (max of 1024 steps, "
+        "margin 0), linear layers of the mlp of 7 of 8 layers, weights quantized once"
+    )
+    assert fp8.describe(_config("fp8_current", freeze=False), 1, False).endswith("weights trained")
