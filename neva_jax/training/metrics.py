@@ -134,6 +134,35 @@ class RunLog:
         self._plotted = time.monotonic()
 
 
+class SilentLog:
+    """The log of a process that writes nothing: another one does. The same methods as `RunLog`, as far as runs call
+    them."""
+
+    bad_rows: tuple = ()
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def has(self, step: int, name: str) -> bool:
+        """Nobody asks this one alone."""
+        return False
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def bad_row(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def metrics(self, row: dict[str, float | int]) -> None:
+        """Nothing."""
+
+
 def _rewind(path: Path, step: int) -> list[dict]:
     """Reads the rows up to `step` and drops the later ones (and a last line that was cut) from the file."""
     if not path.exists():
