@@ -35,13 +35,22 @@ else
   ((each > 0)) || { echo "launch_local: ${#gpus[@]} GPUs for $count processes; --cpu N makes up devices" >&2 && exit 2; }
 fi
 
-pids=()
+pipes=$(mktemp -d)
+trap 'rm -rf "$pipes"' EXIT
+prefixed() { # NUMBER NAME: a pipe whose lines go, with the number, where this function's own output goes
+  mkfifo "$pipes/$1.$2"
+  sed -u "s/^/[$1] /" <"$pipes/$1.$2" &
+  seds+=($!)
+}
+pids=() seds=()
 for ((i = 0; i < count; i++)); do
   own=("JAX_PROCESS_ID=$i")
   if [[ -z $cpu ]]; then
     own+=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i*each:each}")")
   fi
-  env "${own[@]}" "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
+  prefixed "$i" out
+  prefixed "$i" err >&2
+  env "${own[@]}" "$@" >"$pipes/$i.out" 2>"$pipes/$i.err" &
   pids+=($!)
 done
 
@@ -52,10 +61,10 @@ trap 'stop INT' INT
 status=0
 for ((left = count; left > 0; left--)); do
   one=0
-  wait -n -p ended "${pids[@]}" || one=$?
+  wait -n -p ended "${pids[@]}" 2>/dev/null || one=$?
   while [[ -z ${ended:-} ]]; do # only a signal came
     one=0
-    wait -n -p ended "${pids[@]}" || one=$?
+    wait -n -p ended "${pids[@]}" 2>/dev/null || one=$?
   done
   remaining=()
   for pid in "${pids[@]}"; do [[ $pid == "$ended" ]] || remaining+=("$pid"); done
@@ -68,5 +77,5 @@ for ((left = count; left > 0; left--)); do
   fi
 done
 [[ -z ${ender:-} ]] || kill "$ender" 2>/dev/null || true
-wait # for the last lines of output
+wait "${seds[@]}" # for the last lines of output
 exit "$status"

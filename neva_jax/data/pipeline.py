@@ -251,7 +251,7 @@ def batches(
         grain.MapDataset.range(count * len(share.rows))
         .map(partial(_row_number, first, size, share.rows))
         .map(maker)
-        .batch(len(share.rows), batch_fn=partial(_collate, share))
+        .batch(len(share.rows), batch_fn=partial(_collate, share.rows, share.told))
         .to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4))
     )
     if workers:
@@ -297,15 +297,15 @@ class _Part:
         return {"complete": bool(self.arrays), "reports": reports, **numbers}
 
 
-def _collate(share: Share, samples: list[dict[str, Any]]) -> _Part:
-    told = [(int(row), one) for row, one, own in zip(share.rows, samples, share.told, strict=True) if own]
-    reports = [(row, report) for row, sample in told for report in sample["bad_rows"]]
+def _collate(rows: np.ndarray, told: np.ndarray, samples: list[dict[str, Any]]) -> _Part:
+    spoken_for = [(row, sample) for row, sample, own in zip(rows.tolist(), samples, told, strict=True) if own]
+    reports = [(row, report) for row, sample in spoken_for for report in sample["bad_rows"]]
     consumed = samples[-1]["consumed"]
     if not all("tokens" in sample for sample in samples):
         return _Part({}, reports, consumed, 0, 0, 0)
     arrays = {name: np.stack([sample[name] for sample in samples]) for name in ARRAYS}
     segments = arrays["segment_ids"]
-    longest, own = int((segments > 0).sum(axis=1).max()), segments[share.told]
+    longest, own = int((segments > 0).sum(axis=1).max()), segments[told]
     return _Part(arrays, reports, consumed, longest, int(own.max(axis=1).sum()), int((own > 0).sum()))
 
 

@@ -110,7 +110,7 @@ class Star(Peers):
         self.index, self.count, self.timeout, self._end = index, count, timeout, end
         self._results: queue.Queue = queue.Queue()
         self._ended, self._closed = threading.Event(), False
-        self._start_timeout, self._welcome = start_timeout, False
+        self._start_timeout, self._welcome, self._names = start_timeout, False, [address]
         self._sending = threading.Lock()
         self.hub = Hub(address, count, start_timeout, lambda: self.timeout) if index == 0 else None
         self._socket = _connect(address, index, count, start_timeout)
@@ -171,7 +171,7 @@ class Star(Peers):
         try:
             for message in _messages(self._socket, self._patience):
                 if "welcome" in message:
-                    self._welcome = True
+                    self._welcome, self._names = True, message["welcome"]
                     self._results.put(("welcome", None))
                 elif "exchanged" in message:
                     self._results.put(("exchanged", message["exchanged"]))
@@ -186,7 +186,7 @@ class Star(Peers):
         except OSError:
             pass
         if not self._closed:
-            self._finish(1, f"error: {_death(0, self.count, '', why)}")
+            self._finish(1, f"error: {_death(0, self.count, self._names[0], why)}")
 
     def _finish(self, status: int, message: str) -> None:
         self._ended.set()
@@ -360,10 +360,7 @@ def _connect(address: str, index: int, count: int, seconds: float) -> socket.soc
 
 
 def _death(index: int, count: int, name: str, why: str) -> str:
-    return (
-        f"process {index} of {count}{f' ({name})' if name else ''} has died ({why}); the same command continues from "
-        "the last checkpoint"
-    )
+    return f"process {index} of {count} ({name}) has died ({why}); the same command continues from the last checkpoint"
 
 
 def _line(message: dict[str, Any]) -> bytes:
@@ -383,7 +380,7 @@ def _messages(connection: socket.socket, timeout: Callable[[], float]) -> Iterat
     while True:
         if not poll.poll(POLL * 1000):
             if time.monotonic() - heard > (limit := timeout()):
-                raise TimeoutError(f"not heard of for {limit:g} seconds, guard.peer_timeout") from None
+                raise TimeoutError(f"not heard of for {limit:g} seconds") from None
             continue
         data = connection.recv(1 << 16)
         if not data:

@@ -217,6 +217,8 @@ def connected(options: argparse.Namespace, devices: bool = True) -> Iterator[Pee
         return
     address = cluster.coordinator or _detected_address(cluster.launcher)
     star = Star(address, cluster.index, cluster.count, options.start_timeout)
+    if not star.first:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print, too; errors go to stderr
     try:
         if devices:
             _start_jax(star, address, cluster, options.start_timeout)
