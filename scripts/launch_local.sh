@@ -58,24 +58,25 @@ stop() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 trap 'stop TERM' TERM
 trap 'stop INT' INT
 
-status=0
-for ((left = count; left > 0; left--)); do
-  one=0
-  wait -n -p ended "${pids[@]}" 2>/dev/null || one=$?
-  while [[ -z ${ended:-} ]]; do # only a signal came
-    one=0
-    wait -n -p ended "${pids[@]}" 2>/dev/null || one=$?
-  done
+status=0 timer=
+while ((${#pids[@]})); do
+  one=0 ended=
+  wait -n -p ended "${pids[@]}" $timer 2>/dev/null || one=$?
+  [[ -n ${ended:-} ]] || continue # only a signal came
+  if [[ $ended == "$timer" ]]; then
+    stop KILL
+    timer=
+    continue
+  fi
   remaining=()
   for pid in "${pids[@]}"; do [[ $pid == "$ended" ]] || remaining+=("$pid"); done
   pids=("${remaining[@]}")
   if ((one != 0 && status == 0)); then
     status=$one
-    # The others end by themselves within a moment, or guard.peer_timeout; who does not is ended.
-    ((left == 1)) || (sleep "${LAUNCH_GRACE:-90}"; kill -KILL "${pids[@]}" 2>/dev/null) >/dev/null 2>&1 &
-    ender=$!
+    sleep 90 & # the others end by themselves, within a moment or guard.peer_timeout; then they are ended
+    timer=$!
   fi
 done
-[[ -z ${ender:-} ]] || kill "$ender" 2>/dev/null || true
+[[ -z $timer ]] || kill "$timer"
 wait "${seds[@]}" # for the last lines of output
 exit "$status"

@@ -204,7 +204,8 @@ class Hub:
         host, port = split_address(address)
         try:
             if host in LOCAL:
-                self._server = socket.create_server((host, port))
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                self._server = socket.create_server((host, port), family=family)
             elif socket.has_dualstack_ipv6():
                 self._server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
             else:

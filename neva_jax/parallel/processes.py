@@ -256,12 +256,16 @@ def _detected_address(launcher: str) -> str:
     from jax._src import clusters
 
     found: Any = {"ompi": clusters.OmpiCluster, "slurm": clusters.SlurmCluster}[launcher]
-    if not found.is_env_present():
-        raise UserError(
-            f"{launcher} does not say where process 0 runs (Open MPI 5 and later do not): give --coordinator HOST:PORT "
-            f"or {FLAGS['coordinator']}"
-        )
-    return found.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+    try:
+        if found.is_env_present():
+            return found.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+        reason = "JAX does not find it in the environment"
+    except (RuntimeError, ValueError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{launcher} does not say where process 0 runs ({reason}): give --coordinator HOST:PORT or "
+        f"{FLAGS['coordinator']}"
+    )
 
 
 def _start_jax(star: Star, address: str, cluster: Cluster, start_timeout: float) -> None:
@@ -272,10 +276,10 @@ def _start_jax(star: Star, address: str, cluster: Cluster, start_timeout: float)
     # A silent process is told by `Star`; JAX only aborts.
     jax.distributed.initialize(
         f"{f'[{host}]' if ':' in host else host}:{port}",
-        cluster.count,
-        cluster.index,
-        cluster.local_devices,
-        "deactivate",
+        num_processes=cluster.count,
+        process_id=cluster.index,
+        local_device_ids=cluster.local_devices,
+        cluster_detection_method="deactivate",
         initialization_timeout=max(1, round(start_timeout)),
         heartbeat_timeout_seconds=3600,
         coordinator_bind_address=f"127.0.0.1:{port}" if host in LOCAL else None,

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,9 +132,16 @@ def test_the_launcher_says_where_the_first_process_is(environment, launcher, add
     assert _detected_address(launcher) == address
 
 
-def test_open_mpi_5_needs_an_address(monkeypatch):
-    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri", raising=False)
-    with pytest.raises(UserError, match=r"^ompi does not say where process 0 runs"):
+@pytest.mark.parametrize("uri", [None, "1531576320.0;usock"])
+def test_a_launcher_that_does_not_say_it_needs_an_address(uri, monkeypatch):
+    """Open MPI 5 has no such variable (and later versions of JAX ask mpi4py then, if it is there)."""
+    for name, value in OMPI.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
+    if uri is not None:
+        monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", uri)
+    with pytest.raises(UserError, match=r"^ompi does not say where process 0 runs .* give --coordinator HOST:PORT"):
         _detected_address("ompi")
 
 
@@ -145,11 +152,10 @@ SECONDS = 300  # until processes are given up
 
 @dataclass(frozen=True)
 class Launched:
-    """What became of processes: the status of launch_local.sh, the lines of each on stderr, the seconds it took."""
+    """What became of processes: the status of launch_local.sh, the lines of each on stderr."""
 
     status: int
     lines: dict[int, list[str]]
-    ended: float
 
 
 def launch(count: int, devices: int, *command: object, programs: Path, **environment: str) -> Launched:
@@ -157,7 +163,7 @@ def launch(count: int, devices: int, *command: object, programs: Path, **environ
     script = [ROOT / "scripts" / "launch_local.sh", count, "--cpu", devices, "python", "-m", *command]
     environment = {
         **os.environ,
-        "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -173,10 +179,10 @@ def launch(count: int, devices: int, *command: object, programs: Path, **environ
         os.killpg(started.pid, signal.SIGKILL)
         raise
     lines = {index: [] for index in range(count)}
-    for line in text.splitlines():
+    for line in text.removesuffix("\n").split("\n"):
         number, _, rest = line.removeprefix("[").partition("] ")
         lines[int(number)].append(rest)
-    return Launched(started.returncode, lines, time.time())
+    return Launched(started.returncode, lines)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +285,7 @@ def test_each_process_reads_only_its_rows(story, settings):
     """In two micro batches of four rows, of which process 0 has the first two; then in one of eight."""
     rows = json.loads(Path(load_config(None, settings).data.train[0].json).read_text())
     order = Sources(load_config(None, settings).data, "train", 1234, shuffle=True).order
+    bad = {order(place).row for place in BAD}
     owned = ([{0, 1, 4, 5}, {2, 3, 6, 7}], [{0, 1, 2, 3}, {4, 5, 6, 7}])
     for folder, steps, parts in zip(story.folders, ((3, 4), (5, 6)), owned, strict=True):
         for index, part in enumerate(parts):
@@ -289,7 +296,8 @@ def test_each_process_reads_only_its_rows(story, settings):
             assert with_image <= read
             assert {number % 8 for number in read} <= part
             for number, image in lines:
-                assert image == rows[order(int(number)).row].get("image") or int(number) % 25 in {*BAD, 16, 18, 20, 21}
+                row = order(int(number)).row
+                assert image == rows[row].get("image") or row in bad  # which the next one stands in for
 
 
 def test_bad_rows_are_told_once_and_in_order(story):
