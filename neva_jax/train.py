@@ -10,6 +10,7 @@ import jax
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
+from neva_jax.compile_cache import use_compile_cache
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
@@ -75,6 +76,7 @@ def run(config: Config) -> int:
     train_rows = Sources(config.data, "train", config.run.seed, shuffle=True)
     validates = config.data.val or config.data.val_fraction
     val_rows = Sources(config.data, "val", config.run.seed, shuffle=False) if validates else None
+    use_compile_cache(config.run.compile_cache)
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
     mesh = make_mesh(sizes)
