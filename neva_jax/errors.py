@@ -26,6 +26,15 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit status of a command that an error has ended, and what is to be said: one line, or a traceback."""
+    if isinstance(error, UserError | WorkerError):
+        return (2 if isinstance(error, UserError) else 1), f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
@@ -35,15 +44,10 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     waits = False  # whether this process would never end by itself
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except WorkerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status, waits = 1, True  # for a thread that hangs
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
+    except (UserError, WorkerError, KeyboardInterrupt) as error:
+        status, message = ending(error)
+        print(message, file=sys.stderr)
+        waits = isinstance(error, WorkerError)  # for a thread that hangs
     except BrokenPipeError:
         # The reader of our output went away (`… | head`): point stdout elsewhere so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

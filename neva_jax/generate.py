@@ -13,6 +13,8 @@ from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.files import check_output
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
 from neva_jax.inference.questions import answer_questions, read_questions, write_jsonl
+from neva_jax.parallel.peers import Peers
+from neva_jax.parallel.processes import add_process_arguments, connected
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     many.add_argument("--output", metavar="F.jsonl", help="answers, in LLaVA's format")
     many.add_argument("--batch-size", type=int, default=32, metavar="N")
     add_sampling_arguments(parser)
+    add_process_arguments(parser)
     options = parser.parse_args(arguments)
     absl_logging.set_verbosity(absl_logging.ERROR)
+    with connected(options, devices=False) as peers:
+        return _answer(options, peers)
 
+
+def _answer(options: argparse.Namespace, peers: Peers) -> int:
     if (options.prompt is None) == (options.input is None):
         raise UserError("give either --prompt (with --image) or --input (with --output)")
     if options.input is not None and (options.output is None or options.image):
@@ -40,15 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling = sampling_options(options)
     use_compile_cache()
     if options.input is None:
+        if peers.count > 1:
+            raise UserError(f"--prompt is answered by one process, not {peers.count}; they share the lines of --input")
         return _one(options, sampling)
     check_output("--output", options.output, options.input)
     questions = read_questions(options.input)
     engine = Engine.from_checkpoint(options.checkpoint)
     answers = answer_questions(
-        engine, options.input, questions, options.images, sampling, options.batch_size, str(options.checkpoint)
+        engine, options.input, questions, options.images, sampling, options.batch_size, str(options.checkpoint), peers
     )
-    count = write_jsonl(options.output, answers)
-    print(f"{count} answers in {options.output}", file=sys.stderr)
+    count = write_jsonl(options.output, answers, writes=peers.first)
+    if peers.first:
+        print(f"{count} answers in {options.output}", file=sys.stderr)
     return 0
 
 

@@ -4,28 +4,32 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
 from neva_jax.compile_cache import use_compile_cache
-from neva_jax.config import COMPONENTS, Config
+from neva_jax.config import COMPONENTS, Config, ProfileConfig
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
-from neva_jax.data.pipeline import batch_lengths, batches, plan_rows
+from neva_jax.data.pipeline import Share, batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, UserError, exit_with
-from neva_jax.parallel.mesh import make_mesh, place_batch
+from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
+from neva_jax.parallel.peers import ALONE, Peers
+from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
 from neva_jax.training.guard import StopRequest
 from neva_jax.training.meter import Meter
-from neva_jax.training.metrics import RunLog, check_loggers, count_bad_rows
+from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.profiling import Trace
 from neva_jax.training.resume import changes, resumed_meta, resumed_samples
@@ -50,19 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
+    add_process_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
-    config = load_config(options.config, [*options.overrides, *mesh_override])
     if options.print_config:
+        config = load_config(options.config, [*options.overrides, *mesh_override])
         check_ranges(config)
         print(to_yaml(config) + derived_comment(config), end="")
         return 0
-    check(config)
-    return run(config)
+    with connected(options) as peers:
+        config = load_config(options.config, [*options.overrides, *mesh_override])
+        check(config)
+        return run(config, peers)
 
 
-def run(config: Config) -> int:
+def run(config: Config, peers: Peers = ALONE) -> int:
     """Trains until `train.steps`, or until a signal asks to stop; returns the exit status.
+
+    Several processes (`peers`) run this alike, and each reads its rows of a batch; the first alone writes and prints.
 
     Raises:
       UserError: configuration, data or checkpoint cannot be used.
@@ -73,9 +82,11 @@ def run(config: Config) -> int:
     tokenizer = Tokenizer.from_file(config.model.tokenizer)
     config = with_chat_template(with_vocabulary(config, tokenizer))
     conversation_encoder(config.data, tokenizer)  # for its errors
-    train_rows = Sources(config.data, "train", config.run.seed, shuffle=True)
+    same_configuration(peers, config)
+    train_rows = peers.after_first(lambda: Sources(config.data, "train", config.run.seed, shuffle=True))
     validates = config.data.val or config.data.val_fraction
-    val_rows = Sources(config.data, "val", config.run.seed, shuffle=False) if validates else None
+    open_val = partial(Sources, config.data, "val", config.run.seed, shuffle=False)
+    val_rows = peers.after_first(open_val) if validates else None
     use_compile_cache(config.run.compile_cache)
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
@@ -90,6 +101,7 @@ def run(config: Config) -> int:
     run_dir = Path(config.run.dir)
     resumed = resumed_meta(config, tokenizer, run_dir)
     start = 0 if resumed is None else resumed.step
+    peers.agree(start, f"the newest checkpoint of run.dir={run_dir}, which must be a folder that all processes share")
     if resumed is None:
         contents, base = saved_components(config)
         sources = starting_weights(config)
@@ -98,21 +110,26 @@ def run(config: Config) -> int:
         sources = available_components(run_dir / "checkpoints" / str(start))
     check_loggers(config.log)
     if start >= config.train.steps:
-        print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
+        if peers.first:
+            print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
-    if resumed is None:
+    if resumed is None and peers.first:
         _write_config(run_dir, config)
     # Measuring may take minutes, and a signal ends it at once: nothing is there yet to be saved.
     said: list[str] = []
-    plans = plan_rows(train_rows, config, tokenizer, said.append, "training")
-    val_plans = None if val_rows is None else plan_rows(val_rows, config, tokenizer, said.append, "validation")
+    plan = partial(plan_rows, config=config, tokenizer=tokenizer, say=said.append)
+    plans = peers.after_first(lambda: plan(train_rows, name="training"))
+    val_plans = None if val_rows is None else peers.after_first(lambda: plan(val_rows, name="validation"))
+    share = Share(*own_rows(mesh, config.train.global_batch, accumulate), peers)
+    seen = [None if one is None else [one.sources.epoch_size, one.digest] for one in (plans, val_plans)]
+    peers.agree([train_rows.epoch_size, *seen], "samples of an epoch and plans of their rows (data.train, data.val)")
 
     with (
         StopRequest() as stop,
         Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(mesh),
-        RunLog(config.log, run_dir, start, config.train.steps, config) as log,
-        Trace(config.profile, run_dir) as trace,
+        RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
+        Trace(config.profile if peers.first else ProfileConfig(), run_dir) as trace,
     ):
         # --- state: resumed, or fresh
         if resumed is None:
@@ -128,7 +145,8 @@ def run(config: Config) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments)
+        first_step = jax.device_put(np.int32(start), replicated(mesh))
+        state = TrainState(first_step, {name: params[name] for name in trained}, moments)
         frozen_params = {name: params[name] for name in frozen}
         del params
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
@@ -137,11 +155,12 @@ def run(config: Config) -> int:
         for line in said:
             log.say(line)
         samples = resumed_samples(progress, plans, train_rows)
-        if resumed is not None:
+        if resumed is not None and peers.first:
             _write_config(run_dir, config)  # not before it may go on
         left = (config.train.steps - start) * config.train.global_batch
-        stream = batches(train_rows, config, tokenizer, samples, left, plans)
-        bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
+        stream = batches(train_rows, config, tokenizer, samples, left, plans, share)
+        known_bad = peers.exchange(log.bad_rows)[0]
+        bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
         packed, chunk = config.data.pack, config.train.loss_chunk
         train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
         validation = None
@@ -150,10 +169,11 @@ def run(config: Config) -> int:
                 make_eval_step(graphdef, chunk, packed),
                 val_rows,
                 val_plans,
-                BadRowCount(val_rows, config.data, "val", log.bad_rows),
+                BadRowCount(val_rows, config.data, "val", known_bad),
                 config,
                 tokenizer,
                 accumulate,
+                share,
                 log,
             )
         compiled: set[int] = set()  # lengths
@@ -177,14 +197,14 @@ def run(config: Config) -> int:
             )
 
         # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
+        if start > 0 and validation_due(start) and not peers.exchange(log.has(start, "val_loss"))[0]:
             validate_now(start)
 
         # --- the loop
         for step in range(start + 1, config.train.steps + 1):
-            if step == start + 1 and stop.signal is not None:
-                log.say(f"stopped by signal {stop.signal} before step {step}; the same command continues")
-                return 128 + stop.signal
+            if step == start + 1 and (signal := peers.any(stop.signal)) is not None:
+                log.say(f"stopped by signal {signal} before step {step}; the same command continues")
+                return 128 + signal
             trace.before(step, state)
             batch = meter.next(stream)
             count_bad_rows(batch, bad_rows, log, step)
@@ -208,7 +228,8 @@ def run(config: Config) -> int:
                 meter = Meter()  # nor does the wait for the first batch
             log.advance()
             # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
-            stopping = stop.signal is not None
+            signal = peers.any(stop.signal)
+            stopping = signal is not None
             final = step == config.train.steps
             last = final or stopping
             saving = last or step % config.checkpoint.every == 0
@@ -236,8 +257,8 @@ def run(config: Config) -> int:
                 save_now(step)  # last of all: a run that has its last step is complete
         checkpoints.wait()
         if step < config.train.steps:
-            log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
-            return 128 + stop.signal
+            log.say(f"stopped by signal {signal} after step {step}, saved; the same command continues")
+            return 128 + signal
         if bad_rows.counts:
             log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")

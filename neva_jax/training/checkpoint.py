@@ -39,7 +39,9 @@ class FilesHandler(ocp.CheckpointHandler):
     """Small files as one item of a checkpoint, committed together with its arrays."""
 
     def save(self, directory: epath.Path, args: "SaveFiles") -> None:
-        """Writes the files into the item's directory."""
+        """Writes the files into the item's directory: one process for all."""
+        if jax.process_index():
+            return
         for name, content in args.files.items():
             (directory / name).write_bytes(content)
 

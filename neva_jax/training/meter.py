@@ -32,7 +32,7 @@ class Meter:
     def count(self, batch: Batch) -> None:
         """Counts the samples of a batch, and its tokens without padding."""
         self.samples += batch.samples
-        self.tokens += int((batch.arrays["segment_ids"] > 0).sum())
+        self.tokens += batch.tokens
 
     @contextmanager
     def paused(self, state: Any) -> Iterator[None]:

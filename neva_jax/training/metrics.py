@@ -136,7 +136,7 @@ class RunLog:
         self._plotted = time.monotonic()
 
 
-def count_bad_rows(batch: Batch, count: BadRowCount, log: RunLog, step: int) -> None:
+def count_bad_rows(batch: Batch, count: BadRowCount, log: "RunLog | SilentLog", step: int) -> None:
     """Records and tells the rows that were met for the first time; raises UserError where the run may not go on."""
     for report in count.add(batch.bad_rows):
         log.bad_row(count.record(report, step))
@@ -144,7 +144,36 @@ def count_bad_rows(batch: Batch, count: BadRowCount, log: RunLog, step: int) -> 
             log.say(f"{'validation ' if count.split == 'val' else ''}skipped {report.message}")
         elif count.counts["dropped"] == 1:
             log.say(f"dropped {report.message}; bad_rows.jsonl lists this one and all that follow")
-    count.check(batch.bad_rows, complete=bool(batch.arrays))
+    count.check(batch.bad_rows, complete=batch.complete)
+
+
+class SilentLog:
+    """The log of a process that writes nothing: another one does. The same methods as `RunLog`, as far as runs call
+    them."""
+
+    bad_rows: tuple = ()
+
+    def __enter__(self) -> "SilentLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def has(self, step: int, name: str) -> bool:
+        """Nobody asks this one alone."""
+        return False
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+    def bad_row(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def metrics(self, row: dict[str, float | int]) -> None:
+        """Nothing."""
 
 
 def _rewind(path: Path, step: int) -> list[dict]:

@@ -3,16 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from neva_jax.config import Config
 from neva_jax.data.bad_rows import BadRowCount
-from neva_jax.data.pipeline import batches
+from neva_jax.data.pipeline import Share, batches
 from neva_jax.data.plans import Plans
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.parallel.mesh import place_batch
-from neva_jax.training.metrics import RunLog, count_bad_rows
+from neva_jax.training.metrics import RunLog, SilentLog, count_bad_rows
 from neva_jax.training.step import TrainState
 
 
@@ -30,7 +28,8 @@ class Validation:
     config: Config
     tokenizer: Tokenizer
     accumulate: int
-    log: RunLog
+    share: Share
+    log: RunLog | SilentLog
 
     def __post_init__(self) -> None:
         # Threads: starting worker processes would take longer than a short validation.
@@ -42,9 +41,10 @@ class Validation:
         there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
         wanted = min(self.config.eval.batches * size, there)
         total, weights = 0.0, 0.0
-        for i, batch in enumerate(batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans)):
+        stream = batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans, self.share)
+        for i, batch in enumerate(stream):
             count_bad_rows(batch, self.bad_rows, self.log, step)
-            surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
+            surplus = i * size + batch.rows >= wanted  # the last batch was filled up with further rows
             batch.arrays["loss_weights"][surplus] = 0
             nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
             total, weights = total + float(nll), weights + float(weight)
