@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from absl import logging as absl_logging
 
+from neva_jax.compile_cache import use_compile_cache
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.evaluation.exact import exact_match, expected_answers
 from neva_jax.files import check_output
@@ -51,6 +52,7 @@ def _run(options: argparse.Namespace, peers: Peers) -> int:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     sampling = sampling_options(options)
+    use_compile_cache()
     engine = Engine.from_checkpoint(options.checkpoint)
     rows = answer_questions(
         engine, options.questions, questions, options.images, sampling, options.batch_size, options.checkpoint, peers

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import logging as absl_logging
 
+from neva_jax.compile_cache import use_compile_cache
 from neva_jax.data.rows import BadRow
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.files import check_output
@@ -44,6 +45,7 @@ def _answer(options: argparse.Namespace, peers: Peers) -> int:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     sampling = sampling_options(options)
+    use_compile_cache()
     if options.input is None:
         if peers.count > 1:
             raise UserError(f"--prompt is answered by one process, not {peers.count}; they share the lines of --input")

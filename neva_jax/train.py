@@ -2,26 +2,23 @@
 
 import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
+from neva_jax.compile_cache import use_compile_cache
 from neva_jax.config import COMPONENTS, Config, ProfileConfig
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
-from neva_jax.data.pipeline import Batch, Share, batch_lengths, batches, plan_rows
-from neva_jax.data.plans import Plans
+from neva_jax.data.pipeline import Share, batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
@@ -31,10 +28,11 @@ from neva_jax.parallel.peers import ALONE, Peers
 from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
 from neva_jax.training.guard import StopRequest
-from neva_jax.training.metrics import RunLog, SilentLog, check_loggers
+from neva_jax.training.meter import Meter
+from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.profiling import Trace
-from neva_jax.training.resume import changes, resumed_meta
+from neva_jax.training.resume import changes, resumed_meta, resumed_samples
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -46,6 +44,7 @@ from neva_jax.training.setup import (
     with_vocabulary,
 )
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
+from neva_jax.training.validation import Validation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +87,7 @@ def run(config: Config, peers: Peers = ALONE) -> int:
     validates = config.data.val or config.data.val_fraction
     open_val = partial(Sources, config.data, "val", config.run.seed, shuffle=False)
     val_rows = peers.after_first(open_val) if validates else None
+    use_compile_cache(config.run.compile_cache)
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
     mesh = make_mesh(sizes)
@@ -154,7 +154,7 @@ def run(config: Config, peers: Peers = ALONE) -> int:
         # --- the rows, and the programs that they feed
         for line in said:
             log.say(line)
-        samples = _resumed_samples(progress, plans, train_rows)
+        samples = resumed_samples(progress, plans, train_rows)
         if resumed is not None and peers.first:
             _write_config(run_dir, config)  # not before it may go on
         left = (config.train.steps - start) * config.train.global_batch
@@ -207,7 +207,7 @@ def run(config: Config, peers: Peers = ALONE) -> int:
                 return 128 + signal
             trace.before(step, state)
             batch = meter.next(stream)
-            _count_bad_rows(batch, bad_rows, log, step)
+            count_bad_rows(batch, bad_rows, log, step)
             length = batch.arrays["tokens"].shape[1]
             compiles = length not in compiled
             if compiles and len(batch_lengths(config)) > 1:
@@ -271,111 +271,6 @@ def _write_config(run_dir: Path, config: Config) -> None:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
-
-
-def _resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources) -> int:
-    """Samples that the run has consumed; within an epoch, they are known only together with the plan of their rows.
-
-    Raises:
-      UserError: another plan than the one that the run began the epoch with.
-    """
-    samples, plan = progress["samples"], None if plans is None else plans.digest
-    if samples % rows.epoch_size and progress.get("plan") != plan:
-        raise UserError(
-            f"data.pack={plans is not None}: the checkpoint stands {samples % rows.epoch_size} samples into an epoch "
-            "that was packed otherwise; data.pack, data.max_length, data.images_per_row, data.segments_per_row, the "
-            "rows and all settings that change their lengths must stay as they were, or use a new run.dir"
-        )
-    return samples
-
-
-def _count_bad_rows(batch: Batch, count: BadRowCount, log: RunLog | SilentLog, step: int) -> None:
-    """Records and tells the rows that were met for the first time; raises UserError where the run may not go on."""
-    for report in count.add(batch.bad_rows):
-        log.bad_row(count.record(report, step))
-        if report.kind == "bad":
-            log.say(f"{'validation ' if count.split == 'val' else ''}skipped {report.message}")
-        elif count.counts["dropped"] == 1:
-            log.say(f"dropped {report.message}; bad_rows.jsonl lists this one and all that follow")
-    count.check(batch.bad_rows, complete=batch.complete)
-
-
-@dataclass
-class Validation:
-    """The mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once.
-
-    eval_step: of `make_eval_step`; accumulate: its micro batches per global batch.
-    """
-
-    eval_step: Any
-    rows: Sources
-    plans: Plans | None
-    bad_rows: BadRowCount
-    config: Config
-    tokenizer: Tokenizer
-    accumulate: int
-    share: Share
-    log: RunLog | SilentLog
-
-    def __post_init__(self) -> None:
-        # Threads: starting worker processes would take longer than a short validation.
-        self.threaded = replace(self.config, data=replace(self.config.data, workers=0))
-
-    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any) -> float:
-        """The loss after `step`."""
-        size = self.config.train.global_batch
-        there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
-        wanted = min(self.config.eval.batches * size, there)
-        total, weights = 0.0, 0.0
-        stream = batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans, self.share)
-        for i, batch in enumerate(stream):
-            _count_bad_rows(batch, self.bad_rows, self.log, step)
-            surplus = i * size + batch.rows >= wanted  # the last batch was filled up with further rows
-            batch.arrays["loss_weights"][surplus] = 0
-            nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
-            total, weights = total + float(nll), weights + float(weight)
-        return total / weights
-
-
-@dataclass
-class Meter:
-    """Throughput since it was made."""
-
-    samples: int = 0
-    tokens: int = 0
-    data_wait: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.started = time.monotonic()
-
-    def next(self, stream: Iterator[Batch]) -> Batch:
-        """The next batch; the time spent waiting for it is counted."""
-        before = time.monotonic()
-        batch = next(stream)
-        self.data_wait += time.monotonic() - before
-        return batch
-
-    def count(self, batch: Batch) -> None:
-        """Counts the samples of a batch, and its tokens without padding."""
-        self.samples += batch.samples
-        self.tokens += batch.tokens
-
-    @contextmanager
-    def paused(self, state: Any) -> Iterator[None]:
-        """A context whose time does not count (validation, saving); what was started before it does."""
-        jax.block_until_ready(state)
-        before = time.monotonic()
-        yield
-        self.started += time.monotonic() - before
-
-    def row(self) -> dict[str, float]:
-        """Samples and tokens per second, and seconds spent waiting for data."""
-        seconds = time.monotonic() - self.started
-        return {
-            "samples_per_s": self.samples / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "data_wait_s": self.data_wait,
-        }
 
 
 def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: dict, rows: Sources) -> str:

@@ -24,7 +24,6 @@ import orbax.checkpoint as ocp
 import pytest
 import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from neva_jax import train
@@ -48,24 +47,6 @@ def of_steps(count: int) -> list[str]:
 
 
 # --- starting runs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory) -> Iterator[Path]:
-    """The folder in which JAX keeps compiled programs: runs of one program compile it once."""
-    folder = tmp_path_factory.mktemp("programs")
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -532,10 +513,10 @@ class Hunted:
 
 
 @pytest.fixture
-def hunted(shared, settings, programs) -> Hunted:
+def hunted(shared, settings) -> Hunted:
     folder, made = shared
     if "hunted" not in made:
-        made["hunted"] = hunt(folder / "hunted", settings, programs)
+        made["hunted"] = hunt(folder / "hunted", settings)
     return made["hunted"]
 
 
@@ -551,14 +532,8 @@ def vanishes(group: int) -> bool:
     return False
 
 
-def hunt(folder: Path, settings: list[str], programs: Path) -> Hunted:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+def hunt(folder: Path, settings: list[str]) -> Hunted:
+    environment = {**os.environ, "XLA_FLAGS": ""}
     folder.mkdir()
     config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1"])
     (folder / "config.yaml").write_text(to_yaml(config))

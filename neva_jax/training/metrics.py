@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from neva_jax.config import LogConfig
 from neva_jax.configfile import to_dict
+from neva_jax.data.bad_rows import BadRowCount
+from neva_jax.data.pipeline import Batch
 from neva_jax.errors import UserError
 from neva_jax.files import replacing
 
@@ -132,6 +134,17 @@ class RunLog:
 
         plot_losses(self._rows, self.run_dir / "plots" / "loss.png")
         self._plotted = time.monotonic()
+
+
+def count_bad_rows(batch: Batch, count: BadRowCount, log: "RunLog | SilentLog", step: int) -> None:
+    """Records and tells the rows that were met for the first time; raises UserError where the run may not go on."""
+    for report in count.add(batch.bad_rows):
+        log.bad_row(count.record(report, step))
+        if report.kind == "bad":
+            log.say(f"{'validation ' if count.split == 'val' else ''}skipped {report.message}")
+        elif count.counts["dropped"] == 1:
+            log.say(f"dropped {report.message}; bad_rows.jsonl lists this one and all that follow")
+    count.check(batch.bad_rows, complete=batch.complete)
 
 
 class SilentLog:

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from neva_jax.config import COMPONENTS, Config, lookup, walk
+from neva_jax.data.plans import Plans
+from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import Meta, check_compatible, newest_step, read_meta
@@ -56,3 +58,19 @@ def changes(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ -> (value before, value now)."""
     pairs = {name: (lookup(before, name), lookup(now, name)) for name, _ in walk()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources) -> int:
+    """Samples that the run has consumed; within an epoch, they are known only together with the plan of their rows.
+
+    Raises:
+      UserError: another plan than the one that the run began the epoch with.
+    """
+    samples, plan = progress["samples"], None if plans is None else plans.digest
+    if samples % rows.epoch_size and progress.get("plan") != plan:
+        raise UserError(
+            f"data.pack={plans is not None}: the checkpoint stands {samples % rows.epoch_size} samples into an epoch "
+            "that was packed otherwise; data.pack, data.max_length, data.images_per_row, data.segments_per_row, the "
+            "rows and all settings that change their lengths must stay as they were, or use a new run.dir"
+        )
+    return samples

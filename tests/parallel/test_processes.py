@@ -24,11 +24,10 @@ from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.sources import Sources
 from neva_jax.errors import UserError
 from neva_jax.parallel.processes import Cluster, _detected_address, add_process_arguments, find_cluster
-from tests.test_train import losses, of_steps, programs, repeatable, sigterm_before_data, state
+from tests.test_train import losses, of_steps, repeatable, sigterm_before_data, state
 
 ROOT = Path(__file__).parents[2]
 
-__all__ = ["programs"]
 
 # --- which processes there are ---------------------------------------------------------------------------------------
 
@@ -158,15 +157,13 @@ class Launched:
     lines: dict[int, list[str]]
 
 
-def launch(count: int, devices: int, *command: object, programs: Path, **environment: str) -> Launched:
+def launch(count: int, devices: int, *command: object, **environment: str) -> Launched:
     """Runs `python -m COMMAND` as `count` processes with so many devices each."""
     script = [ROOT / "scripts" / "launch_local.sh", count, "--cpu", devices, "python", "-m", *command]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         **environment,
     }
@@ -241,7 +238,7 @@ class Story:
 
 
 @pytest.fixture
-def story(made, settings, programs) -> Story:
+def story(made, settings) -> Story:
     folder, made = made
     if "story" not in made:
         run, whole = folder / "run", folder / "whole"
@@ -254,9 +251,9 @@ def story(made, settings, programs) -> Story:
         config = folder / "config.yaml"
         config.write_text(to_yaml(load_config(None, [*settings, f"run.dir={run}", "train.micro_batch=1"])))
         command = ["tests.parallel.several", told[0], "--config", config, "--mesh-shape", "data=2,fsdp=2"]
-        third = launch(2, 2, *command, programs=programs, SIGNAL="1:2:15")
+        third = launch(2, 2, *command, SIGNAL="1:2:15")
         command = ["tests.parallel.several", told[1], "--config", config, "--mesh-shape", "fsdp=8"]
-        fourth = launch(2, 4, *command, programs=programs)
+        fourth = launch(2, 4, *command)
         made["story"] = Story(run, whole, third, fourth, told)
     return made["story"]
 
@@ -349,7 +346,7 @@ def test_parameters_and_moments_are_restored_bit_for_bit_onto_shards(story):
 
 
 @pytest.fixture
-def killed(made, settings, programs) -> tuple[Path, Path, Launched, float]:
+def killed(made, settings) -> tuple[Path, Path, Launched, float]:
     """(run of 4 processes, the same of one, what became of them): packed rows; process 2 is killed before step 3."""
     folder, made = made
     if "killed" not in made:
@@ -361,7 +358,7 @@ def killed(made, settings, programs) -> tuple[Path, Path, Launched, float]:
         small = ["train.micro_batch=1", "guard.peer_timeout=5"]
         config.write_text(to_yaml(load_config(None, [*packed, *small, f"run.dir={run}"])))
         command = ["tests.parallel.several", folder / "told", "--config", config, "--mesh-shape", "data=4,tensor=2"]
-        made["killed"] = run, whole, launch(4, 2, *command, programs=programs, SIGNAL="2:3:9")
+        made["killed"] = run, whole, launch(4, 2, *command, SIGNAL="2:3:9")
     return made["killed"]
 
 
@@ -387,7 +384,7 @@ def test_packed_losses_of_four_processes_are_those_of_one(killed):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_processes_share_questions(made, story, llava_data, programs):
+def test_processes_share_questions(made, story, llava_data):
     folder = made[0]
     questions, one, two = folder / "questions.jsonl", folder / "one.jsonl", folder / "two.jsonl"
     images = sorted(str(path.relative_to(llava_data.images)) for path in llava_data.images.rglob("*.jpg"))[:7]
@@ -396,7 +393,7 @@ def test_processes_share_questions(made, story, llava_data, programs):
     settings = ["--checkpoint", story.whole, "--input", questions, "--images", llava_data.images]
     settings = [*settings, "--batch-size", 2, "--max-new-tokens", 4]
     assert generate.main([*map(str, settings), "--output", str(one)]) == 0
-    launched = launch(2, 1, "neva_jax.generate", *settings, "--output", two, programs=programs)
+    launched = launch(2, 1, "neva_jax.generate", *settings, "--output", two)
     assert launched.status == 0, launched.lines
     assert two.read_text() == one.read_text()
     assert launched.lines[0][-1] == f"7 answers in {two}"
