@@ -128,8 +128,8 @@ def _check_tensor(config: Config, tensor: int) -> None:
 _AT_LEAST_ONE = """
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
     data.max_length data.images_per_row data.segments_per_row model.vision.position_image_size model.llm.sliding_window
-    model.llm.rope_original_length
-    guard.peer_timeout checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
+    model.llm.rope_original_length guard.peer_timeout
+    checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
     model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
     model.vision.num_layers model.vision.num_heads model.llm.vocab_size model.llm.vocab_multiple model.llm.hidden_size
     model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim

@@ -275,7 +275,7 @@ class Hub:
                     with self._lock:
                         self._send(connection, {"heard": True})
                         self._left.add(index)
-                        self._end(message["failed"], message["message"], index)
+                        self._end(message["failed"], self._told(index, message["failed"], message["message"]), index)
                     return
                 elif "bye" in message:
                     with self._lock:
@@ -291,6 +291,13 @@ class Hub:
             if index is not None and index not in self._left:
                 self._left.add(index)
                 self._end(1, f"error: {_death(index, self.count, self._names[index], why)}", index)
+
+    def _told(self, index: int, status: int, message: str) -> str:
+        """What the others say of an error: all of one that the user can mend, else only what it was."""
+        if status == 2:
+            return message
+        last = message.splitlines()[-1].removeprefix("error: ")
+        return f"error: process {index} of {self.count} ({self._names[index]}) has ended: {last}"
 
     def _greet(self, connection: socket.socket, hello: dict[str, Any]) -> int | None:
         index, name = hello["hello"], hello["name"]

@@ -134,6 +134,14 @@ def test_an_error_ends_all_with_its_status_and_message():
     assert [ends.of(index) for index in (0, 1)] == [(2, "error: data.train: no such file")] * 2
 
 
+def test_of_a_defect_the_others_say_where_it_was():
+    ends = Ends()
+    _, stars = ends.start_all(2)
+    stars[1].fail(1, "Traceback (most recent call last):\n  …\nRuntimeError: of a defect")
+    name = f"{socket.gethostname()}, process id {os.getpid()}"
+    assert ends.of(0) == (1, f"error: process 1 of 2 ({name}) has ended: RuntimeError: of a defect")
+
+
 def test_a_process_that_never_comes_is_named():
     ends, address = Ends(), free_address()
     for index in (0, 2):

@@ -168,7 +168,7 @@ def launch(count: int, devices: int, *command: object, **environment: str) -> La
         **environment,
     }
     started = subprocess.Popen(
-        list(map(str, script)), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, script)), cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True
     )
     try:
         _, text = started.communicate(timeout=SECONDS)
@@ -176,7 +176,8 @@ def launch(count: int, devices: int, *command: object, **environment: str) -> La
         os.killpg(started.pid, signal.SIGKILL)
         raise
     lines = {index: [] for index in range(count)}
-    for line in text.removesuffix("\n").split("\n"):
+    # A progress bar's carriage returns end no line.
+    for line in text.decode().removesuffix("\n").split("\n"):
         number, _, rest = line.removeprefix("[").partition("] ")
         lines[int(number)].append(rest)
     return Launched(started.returncode, lines)
