@@ -25,10 +25,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
       UserError: no such file, no YAML, an unknown key (the nearest one is named), or a value of the wrong type.
     """
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(merged, False)
-    if path is not None:
-        merged = _merge(merged, _read_yaml(path), str(path))
+    layers = [] if path is None else [(_read_yaml(path), str(path))]
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -37,15 +34,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             parsed = yaml.load(value, _Loader)
         except YAML_ERRORS as error:
             raise UserError(f"override {text!r}: the value is no YAML ({_first_line(error)})") from None
-        merged = _merge(merged, _nest(name, parsed), f"override {name}")
-    return _to_config(merged)
+        layers.append((_nest(name, parsed), f"override {name}"))
+    return _merged(layers)
 
 
 def config_from_dict(values: dict) -> Config:
     """The inverse of `to_dict`; used for the copy of the configuration inside a checkpoint."""
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(merged, False)
-    return _to_config(_merge(merged, values, "configuration of the checkpoint"))
+    return _merged([(values, "configuration of the checkpoint")])
 
 
 def to_dict(config: Any) -> dict:
@@ -116,15 +111,24 @@ def _nest(name: str, value: Any) -> dict:
     return value
 
 
-def _merge(merged: Any, values: dict, origin: str) -> Any:
-    _check_keys(values, Config, "", origin)
-    with _named(origin):
-        return OmegaConf.merge(merged, values)
-
-
-def _to_config(merged: Any) -> Config:
+def _merged(layers: Sequence[tuple[dict, str]]) -> Config:
+    """The schema's defaults under (values, where they come from), the later ones on top."""
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
+    for values, origin in layers:
+        _check_keys(values, Config, "", origin)
+    try:
+        merged = OmegaConf.merge(merged, *(values for values, _ in layers))
+    except _MERGE_ERRORS:
+        # Again in single steps, which takes longer but tells where the fault is.
+        for values, origin in layers:
+            with _named(origin):
+                merged = OmegaConf.merge(merged, values)
     with _named("configuration"):
         return OmegaConf.to_object(merged)
+
+
+_MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError)
 
 
 @contextmanager
@@ -132,7 +136,7 @@ def _named(origin: str, prefix: str = "") -> Iterator[None]:
     """Turns OmegaConf's errors into one line that names where the value came from and its key."""
     try:
         yield
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except _MERGE_ERRORS as error:
         name = getattr(error, "full_key", None)
         raise UserError(f"{origin}: {f'{prefix}{name}: ' if name else ''}{_first_line(error)}") from None
 
