@@ -9,11 +9,12 @@ import json
 import sys
 from collections.abc import Sequence
 
+from neva_jax.benchmarks import attention
 from neva_jax.benchmarks import input as input_benchmark
 from neva_jax.benchmarks import train as train_benchmark
 from neva_jax.errors import CommandParser, exit_with
 
-BENCHMARKS = {"input": input_benchmark, "train": train_benchmark}
+BENCHMARKS = {"input": input_benchmark, "train": train_benchmark, "attention": attention}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

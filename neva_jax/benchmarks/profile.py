@@ -2,7 +2,8 @@
 
 A trace holds the kernels of each CUDA stream with their names and times. busy is the time in which any kernel ran, idle
 the rest between the first and the last one; exposed communication is the time of NCCL's kernels beside which no other
-kernel ran.
+kernel ran. Kernels inside a CUDA graph do not tell which operation they are, so `bench train --profile` runs without
+graphs; the scope of an operation (`attention`, `mlp`, …) stands in the compiled program's text.
 """
 
 import re
@@ -17,12 +18,13 @@ from neva_jax.errors import UserError
 # class -> what the names of its kernels contain; the first that fits counts
 CLASSES = (
     ("communication", r"nccl"),
-    ("attention", r"sdpa|fmha|flash|attention|softmax"),
-    ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|wgmma|\bdot"),
+    ("attention", r"cudnn|sdpa|fmha|flash|fused_attn"),
+    ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|wgmma|_dot"),
     ("quantize", r"amax|quantize|cast_transpose|fp8|float8"),
-    ("copy", r"memcpy|memset|copy|transpose|dynamic_slice|dynamic_update_slice|concatenate|slice_|pad_|gather|scatter"),
-    ("reduce", r"reduce|norm"),
-    ("elementwise", r"fusion|elementwise|loop_|wrapped_|convert|select|add|multiply"),
+    ("fill", r"memset|broadcast"),
+    ("copy", r"memcpy|copy|transpose|dynamic_slice|dynamic_update_slice|gather|scatter"),
+    ("reduction", r"reduce|norm"),
+    ("elementwise", r"fusion|elementwise|loop_|wrapped_"),
 )
 TOP = 16  # kernels that are listed by name
 
@@ -37,13 +39,13 @@ class Kernel:
     scope: str = ""
 
 
-def kernel_table(folder: Path, steps: int) -> dict[str, Any]:
-    """`kernels_ms` by class, `scopes_ms` and `top_kernels` per step, of the newest trace in `folder`."""
-    return table(read_kernels(folder), steps)
+def kernel_table(folder: Path, steps: int, program: str) -> dict[str, Any]:
+    """What `table` says of the newest trace in `folder`; `program` is the text of the compiled step."""
+    return table(read_kernels(folder, scopes_of(program)), steps)
 
 
 def table(devices: Sequence[Sequence[Kernel]], steps: int) -> dict[str, Any]:
-    """The kernels of each device -> milliseconds per step, of the first device."""
+    """The kernels of each device -> milliseconds per step on the first one, by class, by scope and by name."""
     kernels = devices[0]
     by_class: dict[str, float] = defaultdict(float)
     by_scope: dict[str, float] = defaultdict(float)
@@ -89,8 +91,8 @@ def _covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def read_kernels(folder: Path) -> list[list[Kernel]]:
-    """The kernels of each GPU in the newest trace under `folder`.
+def read_kernels(folder: Path, scopes: dict[str, str]) -> list[list[Kernel]]:
+    """The kernels of each GPU in the newest trace under `folder`; `scopes`: operation -> scope.
 
     Raises:
       UserError: no trace, or none of a GPU.
@@ -109,9 +111,8 @@ def read_kernels(folder: Path) -> list[list[Kernel]]:
             if not line.name.startswith("Stream"):
                 continue  # others repeat the same time by step, module or operation
             for event in line.events:
-                stats = dict(event.stats)
-                path = str(stats.get("name", stats.get("tf_op", "")))
-                kernels.append(Kernel(event.name, event.start_ns, event.end_ns, scope(path)))
+                operation = str(dict(event.stats).get("hlo_op", ""))
+                kernels.append(Kernel(event.name, event.start_ns, event.end_ns, scopes.get(operation, "rest")))
         if kernels:
             devices.append(kernels)
     if not devices:
@@ -122,14 +123,17 @@ def read_kernels(folder: Path) -> list[list[Kernel]]:
 SCOPES = ("vision_attention", "vision_mlp", "attention", "mlp")
 
 
+def scopes_of(program: str) -> dict[str, str]:
+    """Operation -> scope, from the text of a compiled program."""
+    pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"'
+    return {name: scope(path) for name, path in re.findall(pattern, program, re.MULTILINE)}
+
+
 def scope(path: str) -> str:
     """The model's named scope in an operation's path (`jit(step)/…/mlp/dot_general`), and whether it is backward."""
     parts = path.split("/")
-    found = next((part for part in reversed(parts) if _inner(part) in SCOPES), None)
-    if found is None:
-        return "rest"
-    backward = any("transpose(" in part for part in parts)
-    return f"{_inner(found)} backward" if backward else _inner(found)
+    found = next((part for part in map(_inner, reversed(parts)) if part in SCOPES), "rest")
+    return f"{found} backward" if any("transpose(" in part for part in parts) else found
 
 
 def _inner(part: str) -> str:

@@ -199,7 +199,7 @@ def _profile(run: _Run, folder: Path, device: jax.Device) -> dict[str, Any]:
     for loss in pending:
         run.wait(loss)
     jax.profiler.stop_trace()
-    return kernel_table(folder, TRACED) if device.platform == "gpu" else {}
+    return kernel_table(folder, TRACED, run.step.as_text()) if device.platform == "gpu" else {}
 
 
 def _attention(config: Config, device: jax.Device) -> str:

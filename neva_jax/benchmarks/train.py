@@ -164,7 +164,6 @@ def _isolated(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
       UserError: the process found the configuration impossible.
     """
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_child, args=(options, answers))
@@ -193,6 +192,10 @@ def _isolated(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _child(options: argparse.Namespace, answers: multiprocessing.Queue) -> None:
+    # Read when JAX first looks for devices, which is later than here.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if options.profile:  # see benchmarks.profile
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     try:
         answers.put(("row", _measure(options)))
     except UserError as error:
