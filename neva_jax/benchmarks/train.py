@@ -105,11 +105,15 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
     if options.baseline and (options.pack > 1 or options.data != "synthetic" or options.profile or options.plan):
         raise UserError("--baseline: goes with neither --pack, --data, --profile nor --plan")
-    runs = [_with(options, chosen) for chosen in itertools.product(*map(_values, options.sweep))]
+    chosen = list(itertools.product(*map(_values, options.sweep)))
+    runs = [_with(options, values) for values in chosen]
     described = [describe(configuration(run, None)) for run in runs]  # for its errors, before minutes of measuring
-    for run, known in zip(runs, described, strict=True):
+    for values, run, known in zip(chosen, runs, described, strict=True):
         row = _isolated(run)
-        yield row if "error" not in row else {**_ids(run), **known, "tokens_computed": run.tokens, **row}
+        if "error" in row:
+            impl = "hf_torch" if run.baseline else "neva_jax"
+            row = {"bench": "train", "impl": impl, **known, "tokens_computed": run.tokens, **row}
+        yield {**row, "sweep": dict(values)} if values else row
 
 
 def _values(sweep: tuple[str, list[str]]) -> list[tuple[str, str]]:
@@ -152,10 +156,6 @@ def configuration(options: argparse.Namespace, devices: int | None) -> Config:
     if devices:
         check_mesh(config, sizes)
     return config
-
-
-def _ids(options: argparse.Namespace) -> dict[str, Any]:
-    return {"bench": "train", "impl": "hf_torch" if options.baseline else "neva_jax"}
 
 
 def _isolated(options: argparse.Namespace) -> dict[str, Any]:
