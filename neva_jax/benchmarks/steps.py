@@ -23,6 +23,7 @@ from neva_jax.benchmarks.timing import run_steps, spread
 from neva_jax.config import Config
 from neva_jax.data.pipeline import Batch
 from neva_jax.derived import frozen_components, parse_mesh_shape, trained_components
+from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, place_batch, replicated
 from neva_jax.planning.compiled import Compiled, compile_step
 from neva_jax.planning.flops import flops_per_row
@@ -177,10 +178,12 @@ class _Run:
     data_wait: float = 0.0
 
     def start(self, number: int) -> jax.Array:
-        """Starts the next step; its loss is not waited for."""
+        """Starts the next step; its loss is not waited for. Raises UserError for rows that make no batch."""
         before = time.perf_counter()
         self.batch = next(self.stream)
         self.data_wait += time.perf_counter() - before
+        if not self.batch.arrays:
+            raise UserError(f"{self.batch.bad_rows[0].message}; measure with rows that fit the template and --tokens")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             arrays = place_batch(self.mesh, self.batch.arrays, self.accumulate)
             self.state, metrics = self.step(self.state, self.frozen, arrays)

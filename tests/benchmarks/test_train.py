@@ -87,7 +87,7 @@ def test_layouts_see_the_same_losses(monkeypatch):
     monkeypatch.setattr(steps.jax, "device_count", lambda: 1)
     one = measured(tiny("--tokens", "16", "--global-batch", "8", "train.micro_batch=4", *FP32), plan=True)
     monkeypatch.setattr(steps.jax, "device_count", lambda: 2)
-    two = measured(tiny("--tokens", "16", "--global-batch", "8", "train.micro_batch=8", "--mesh-shape", "tensor=2", *FP32,
+    two = measured(tiny("--tokens", "16", "--global-batch", "8", "train.micro_batch=8", "mesh.shape=tensor=2", *FP32,
                         devices=2))  # fmt: skip
     assert set(DESIGN.split()) | set(MORE.split()) <= set(one)
     assert (one["mesh"], one["accumulate"], one["gpus"]) == ({}, 2, 1)
@@ -100,13 +100,25 @@ def test_layouts_see_the_same_losses(monkeypatch):
     assert two["samples_per_s_per_gpu"] == pytest.approx(two["samples_per_s"] / 2, rel=1e-3)
 
 
-def test_photographs_through_the_real_loader(monkeypatch):
+@pytest.fixture
+def few_photographs(monkeypatch):
     monkeypatch.setattr(steps.jax, "device_count", lambda: 1)
     monkeypatch.setattr(batches, "PHOTOGRAPHS", 3)
     monkeypatch.setattr(batches, "SOURCE_SIZE", (40, 30))
-    row = measured(tiny("--tokens", "24", "--micro-batch", "4", "--mesh-shape", "data=1", *FP32), data="jpeg")
+
+
+def test_photographs_through_the_real_loader(few_photographs):
+    config = tiny("--tokens", "24", "--micro-batch", "4", *FP32, "data.template=plain")
+    row = measured(config, data="jpeg")
     assert row["data"] == "jpeg" and row["tokens_computed"] == 24
     assert 4 < row["tokens_labelled"] < row["tokens_useful"] <= 24
+
+
+def test_rows_that_do_not_fit(few_photographs, tmp_path):
+    config = batches.with_made_up_files(tiny("--tokens", "24", "--micro-batch", "4", "data.template=v1"), tmp_path)
+    run = steps._Run(None, None, {}, batches.loaded(config, 1), None, 1)
+    with pytest.raises(UserError, match=r"rows\.json: row .*measure with rows that fit the template"):
+        run.start(0)  # the template's system prompt alone is longer
 
 
 def test_own_rows_need_a_tokenizer():
