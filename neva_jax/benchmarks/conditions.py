@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -40,6 +41,7 @@ def describe(config: Config) -> dict[str, Any]:
         "projector": config.model.projector.kind,
         "image_px": vision.image_size,
         "precision": config.precision.compute,
+        "fp8": asdict(config.precision.fp8) if config.precision.compute.startswith("fp8") else None,
         "template": config.data.template,
         "packed": config.data.pack,
         "micro_batch": config.train.micro_batch,
