@@ -39,7 +39,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """`image.resize((width, height), BICUBIC).crop(window)` of an RGB image, as [h, w, 3] uint8.
+    """`image.resize((width, height), BICUBIC).crop(window)` of an RGB or RGBX image, as [h, w, 3] uint8.
 
     Args:
       width, height: of the whole resized image, of which nothing but the window is computed.
@@ -63,7 +63,7 @@ def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, 
 
 
 def rgbx(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB image, [H, W] of 4 bytes each; Pillow's own memory where that is one block, else a copy."""
+    """The pixels of an RGB or RGBX image, [H, W] of 4 bytes each; a copy where Pillow holds it in several blocks."""
     try:
         flat = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
     except ValueError:  # Pillow holds large images (16 MB) in several blocks
