@@ -30,6 +30,7 @@ from neva_jax.data.samples import Sample, Samples
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.transport import BUFFER, Transport
 from neva_jax.data.watch import THREADS, Board, Watched
 from neva_jax.derived import image_tokens
 from neva_jax.parallel.peers import ALONE, Peers
@@ -259,8 +260,10 @@ def batches(
         flags.FLAGS.mark_as_parsed()
         # The semaphores of workers that were killed are cleaned up, which is nothing to warn about.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=partial(_become_worker, board))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER)
+        transport = Transport(workers, len(share.rows) * row_bytes(config))
+        become = partial(_become_worker, board, transport)
+        dataset = dataset.map(transport.put).mp_prefetch(options, worker_init_fn=become).map(transport.take)
     stream = iter(dataset)
     if workers:
         _STREAMS.append(stream)
@@ -271,6 +274,12 @@ def batches(
 def batch_lengths(config: Config) -> list[int]:
     """The lengths T that batches may have, in order."""
     return sorted({*config.data.length_buckets, config.data.max_length})
+
+
+def row_bytes(config: Config) -> int:
+    """Bytes of the arrays of one row of the longest batches."""
+    text = (len(ARRAYS) - 1) * 4 * config.data.max_length
+    return text + tiles_per_row(config) * 3 * config.model.vision.image_size**2
 
 
 def _row_number(first: int, size: int, rows: np.ndarray, index: int) -> int:
@@ -335,7 +344,7 @@ class _Agreed(Watched):
         )
 
 
-def _become_worker(board: Board, index: int, count: int) -> None:
+def _become_worker(board: Board, transport: Transport, index: int, count: int) -> None:
     """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
@@ -344,6 +353,7 @@ def _become_worker(board: Board, index: int, count: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
+    transport.enter(index)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
