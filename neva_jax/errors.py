@@ -18,6 +18,10 @@ class WorkerError(Exception):
     """A process or thread that loads data has died or hangs: which, and what it was doing. Nothing is lost."""
 
 
+class RunError(Exception):
+    """A run that cannot go on although its configuration is right (a disk is full): one line that says why."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, like every other error of a command."""
 
@@ -29,8 +33,8 @@ class CommandParser(argparse.ArgumentParser):
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
-    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError`, printed as one line; 128 + signal after a stop that
-    was saved (`main` returns it); anything else is a traceback and 1.
+    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError` or `RunError`, printed as one line; 128 + signal
+    after a stop that was saved (`main` returns it); anything else is a traceback and 1.
     """
     waits = False  # whether this process would never end by itself
     try:
@@ -41,6 +45,9 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         status, waits = 1, True  # for a thread that hangs
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 128 + signal.SIGINT

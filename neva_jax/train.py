@@ -21,13 +21,16 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.parallel.mesh import make_mesh, place_batch
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
+from neva_jax.training import ema
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components
+from neva_jax.training.disk import probe
 from neva_jax.training.guard import StopRequest
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.profiling import Trace
-from neva_jax.training.resume import changes, resumed_meta, resumed_samples
+from neva_jax.training.resume import changes, resumed_meta, resumed_samples, tidied
+from neva_jax.training.retention import SaveTimes
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -36,10 +39,12 @@ from neva_jax.training.setup import (
     place_updates,
     saved_components,
     starting_weights,
+    verify_sources,
     with_vocabulary,
 )
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
+from neva_jax.training.weights import load_components
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,11 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
+    parser.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, continue from the newest good one",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="continue although this key differs from the run's; may be given several times",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
     options = parser.parse_intermixed_args(arguments)
     mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
-    config = load_config(options.config, [*options.overrides, *mesh_override])
+    flags = ["run.allow_fallback=true"] if options.allow_fallback else []
+    if options.allow_changed:
+        flags.append(f"run.allow_changed=[{', '.join(options.allow_changed)}]")
+    config = load_config(options.config, [*options.overrides, *mesh_override, *flags])
     if options.print_config:
         check_ranges(config)
         print(to_yaml(config) + derived_comment(config), end="")
@@ -86,7 +106,9 @@ def run(config: Config) -> int:
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
-    resumed = resumed_meta(config, tokenizer, run_dir)
+    said = tidied(run_dir)
+    row_counts = [train_rows.rows_in(i) for i in range(len(train_rows.files))]
+    resumed = resumed_meta(config, tokenizer, run_dir, row_counts, said.append)
     start = 0 if resumed is None else resumed.step
     if resumed is None:
         contents, base = saved_components(config)
@@ -98,16 +120,20 @@ def run(config: Config) -> int:
     if start >= config.train.steps:
         print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
+    averaged = abstract_trained if config.optimizer.ema_decay is not None else {}
+    probe(run_dir, ({name: abstract[name] for name in contents}, abstract_moments, averaged))
+    step_dir = run_dir / "checkpoints" / str(start)  # it is verified already
+    others = {name: path for name, path in sources.items() if path != step_dir}
+    verify_sources(others, config.checkpoint.verify, said.append)
     if resumed is None:
         _write_config(run_dir, config)
     # Measuring may take minutes, and a signal ends it at once: nothing is there yet to be saved.
-    said: list[str] = []
     plans = plan_rows(train_rows, config, tokenizer, said.append, "training")
     val_plans = None if val_rows is None else plan_rows(val_rows, config, tokenizer, said.append, "validation")
 
     with (
         StopRequest() as stop,
-        Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
+        Checkpoints.of(config) as checkpoints,
         jax.set_mesh(mesh),
         RunLog(config.log, run_dir, start, config.train.steps, config) as log,
         Trace(config.profile, run_dir) as trace,
@@ -126,9 +152,14 @@ def run(config: Config) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments)
+        trained_params = {name: params[name] for name in trained}
+        if averaged and resumed is not None and resumed.ema:
+            average = load_components(averaged, dict.fromkeys(trained, step_dir), averaged=step_dir)
+        else:
+            average = ema.start(trained_params, config.optimizer.ema_decay)
+        state = TrainState(jax.numpy.int32(start), trained_params, moments, average)
         frozen_params = {name: params[name] for name in frozen}
-        del params
+        del params, trained_params, moments, average
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
         # --- the rows, and the programs that they feed
@@ -141,7 +172,8 @@ def run(config: Config) -> int:
         stream = batches(train_rows, config, tokenizer, samples, left, plans)
         bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
         packed, chunk = config.data.pack, config.train.loss_chunk
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
+        average_by = config.optimizer.ema_decay, config.optimizer.ema_every
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *average_by)
         validation = None
         if val_rows is not None:
             validation = Validation(
@@ -156,26 +188,33 @@ def run(config: Config) -> int:
             )
         compiled: set[int] = set()  # lengths
         meter, saved = Meter(), start
+        save_times = SaveTimes(config.checkpoint.every, config.checkpoint.every_minutes, config.log.every)
+        # What was validated after it was saved is known from the log alone.
+        val_losses = {int(at): loss for at, loss in progress.get("val_losses", {}).items()} | log.values("val_loss")
 
         def validate_now(step: int) -> None:
             loss = validation.run(step, state, frozen_params, mesh)
             log.metrics({"step": step, "val_loss": loss})
+            val_losses[step] = loss
 
         def validation_due(step: int) -> bool:
             return validation is not None and (step % config.eval.every == 0 or step == config.train.steps)
 
         def save_now(step: int) -> None:
             everything = {**frozen_params, **state.trained}
+            data = {"samples": samples, "plan": None if plans is None else plans.digest}
+            save_times.saved()
             checkpoints.save(
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                {"samples": samples, "plan": None if plans is None else plans.digest},
-                Meta(step, config, contents, base, tokenizer),
+                data | {"rows": row_counts, "val_losses": val_losses},
+                Meta(step, config, contents, base, tokenizer, bool(averaged)),
+                state.ema,
             )
 
         # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
+        if start > 0 and validation_due(start) and start not in val_losses:
             validate_now(start)
 
         # --- the loop
@@ -205,11 +244,13 @@ def run(config: Config) -> int:
             elif step == start + 1:
                 meter = Meter()  # nor does the wait for the first batch
             log.advance()
+            for line in checkpoints.news():
+                log.say(line)
             # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
             stopping = stop.signal is not None
             final = step == config.train.steps
             last = final or stopping
-            saving = last or step % config.checkpoint.every == 0
+            saving = last or save_times.due(step)
             if saving or step % config.log.every == 0:
                 numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
                 if not all(map(math.isfinite, numbers.values())):
@@ -233,6 +274,8 @@ def run(config: Config) -> int:
             if final:
                 save_now(step)  # last of all: a run that has its last step is complete
         checkpoints.wait()
+        for line in checkpoints.news():
+            log.say(line)
         if step < config.train.steps:
             log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
             return 128 + stop.signal

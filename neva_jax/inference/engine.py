@@ -32,7 +32,8 @@ from neva_jax.models.llama import LayerCache, empty_cache
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import one_device_mesh, shardings
 from neva_jax.precision.policy import compute_dtype
-from neva_jax.training.checkpoint import available_components, load_components, locate, read_meta
+from neva_jax.training.checkpoint import available_components, locate, read_meta
+from neva_jax.training.weights import load_components
 
 BUCKET = 64
 

@@ -20,6 +20,8 @@ from absl import logging
 
 from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import FilesHandler, SaveFiles
+from neva_jax.training.disk import reason
+from neva_jax.training.retention import WRITING, seal
 
 CHUNK_BYTES = 16 * 2**20  # of one file: small enough that a device reads little more than its shard
 Block = tuple[tuple[slice | int, ...], np.ndarray]
@@ -102,22 +104,20 @@ def save(step_dir: Path, params: dict, files: dict[str, bytes]) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns that no jax.Array can be saved, which is meant
     try:
+        step_dir.parent.mkdir(parents=True, exist_ok=True)
+        writing = step_dir.with_name(step_dir.name + WRITING).resolve()
         state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         items = ocp.CompositeCheckpointHandler(state=state, meta=FilesHandler())
         with ocp.Checkpointer(items) as checkpointer:
             checkpointer.save(
-                step_dir.resolve(),
+                writing,
                 ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params, "step": 0}), meta=SaveFiles(files)),
             )
+        seal(writing, step_dir)
     except (OSError, ValueError) as error:
-        raise UserError(f"{step_dir}: cannot be written ({_reason(error)})") from error
+        raise UserError(f"{step_dir}: cannot be written ({reason(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return "no space left on device" if "No space left" in text else text[:300]
 
 
 class SavedArrays:
