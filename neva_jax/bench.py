@@ -9,9 +9,10 @@ import json
 from collections.abc import Sequence
 
 from neva_jax.benchmarks import input as input_benchmark
+from neva_jax.benchmarks import save as save_benchmark
 from neva_jax.errors import CommandParser, exit_with
 
-BENCHMARKS = {"input": input_benchmark}
+BENCHMARKS = {"input": input_benchmark, "save": save_benchmark}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Most run in this process through `train.main`; those that are killed are real pr
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -278,7 +279,8 @@ def test_log_txt_tells_what_was_run(base):
         f"frozen vision ({counts['vision'] / 1e6:.2f}M); 25 rows, 8 per step in 1 micro batches; "
         "mesh data=1,fsdp=1,tensor=1 on cpu; fp32",
     ]
-    assert [line.split()[:2] for line in lines[2:-1]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert [line.split()[:2] for line in lines[2:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert re.fullmatch(r"checkpoint 4: \d+\.\d MiB in \d+\.\d\d s; training waited \d+ ms", lines[-2])
     assert lines[-1] == f"done: step 4, checkpoint in {base}/checkpoints/4"
 
 

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.data.encoding import conversation_encoder
 from neva_jax.errors import UserError
+from neva_jax.files import readable
 from neva_jax.interop.export_config import llava_config, special_ids, text_config
 from neva_jax.interop.export_files import image_token_id, write_processor, write_tokenizer
 from neva_jax.interop.export_template import chat_template, obstacle, starts_with_bos
 from neva_jax.interop.names import Parameter, parameters
-from neva_jax.interop.output import check_folder, readable, replacing_folder
+from neva_jax.interop.output import check_folder, replacing_folder
 from neva_jax.interop.store import SavedArrays
 from neva_jax.interop.tensors import DTYPE_NAMES, SafetensorsWriter
 from neva_jax.training.checkpoint import Meta, available_components, locate, read_meta

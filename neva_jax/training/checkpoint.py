@@ -33,6 +33,7 @@ from neva_jax.config import COMPONENTS, Config
 from neva_jax.configfile import config_from_dict, to_dict
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import RunError, UserError
+from neva_jax.files import readable
 from neva_jax.training.disk import free_there, reason
 from neva_jax.training.manifest import NAME as MANIFEST
 from neva_jax.training.manifest import DamagedCheckpoint, Level, Progress, check_manifest
@@ -330,7 +331,7 @@ class Checkpoints:
             check_manifest(step_dir, "size")  # as it can be read from now on
             seconds, waited = time.monotonic() - begun, self.blocked * 1000
             self._news.append(
-                f"checkpoint {step}: {size / 2**20:.1f} MiB in {seconds:.2f} s; training waited {waited:.0f} ms"
+                f"checkpoint {step}: {readable(size)} in {seconds:.2f} s; training waited {waited:.0f} ms"
             )
         except Exception as error:
             self._error = error

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from neva_jax.errors import UserError
+from neva_jax.files import readable
 from neva_jax.training.retention import steps_in
 
 
@@ -27,7 +28,7 @@ def _existing(path: Path) -> Path:
 def free_there(path: Path) -> str:
     """How much room the file system of `path` has, in words."""
     try:
-        return f"{shutil.disk_usage(_existing(path)).free / 2**20:.1f} MiB are free there"
+        return f"{readable(shutil.disk_usage(_existing(path)).free)} are free there"
     except OSError as error:
         return f"its free space cannot be told: {reason(error)}"
 
@@ -58,6 +59,6 @@ def probe(run_dir: Path, stored: Any) -> None:
     needed = size * (1 if steps_in(folder) else 2)
     if free < needed:
         raise UserError(
-            f"run.dir={run_dir}: a checkpoint takes {size / 2**20:.1f} MiB, and two must fit, but only "
-            f"{free / 2**20:.1f} MiB are free there; free some, or name another run.dir"
+            f"run.dir={run_dir}: a checkpoint takes {readable(size)}, and two must fit, but only {readable(free)} are "
+            "free there; free some, or name another run.dir"
         )

@@ -145,7 +145,8 @@ def plan_transfer(abstract: dict, sources: dict[str, Path], averaged: Path | Non
     """For each component of `abstract`, which parameters the checkpoints have as the model needs them."""
     shapes = {step_dir: saved_shapes(step_dir, averaged) for step_dir in set(sources.values())}
     transfers = []
-    for name, tree in abstract.items():
+    for name in (component for component in COMPONENTS if component in abstract):
+        tree = abstract[name]
         needed = {(name, *_keys(path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         source = sources.get(name)
         held = {} if source is None else {path: s for path, s in shapes[source].items() if path[0] == name}
