@@ -17,7 +17,7 @@ from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import Meta, newest_step, read_meta, verify
 from neva_jax.training.manifest import DamagedCheckpoint, Level
 from neva_jax.training.retention import set_aside, steps_in, tidy
-from neva_jax.training.weights import differences
+from neva_jax.training.weights import SHAPELESS, differences
 
 # Changed, they would make another run of it: other weights, or other samples under the numbers already consumed.
 FIXED = (
@@ -146,7 +146,10 @@ def _check_same_run(
         found["model.tokenizer"] = (next(files), next(files))
     elif meta.tokenizer.settings != tokenizer.settings:
         found["model.tokenizer"] = (_ends(meta.tokenizer), f"{_ends(tokenizer)} (tokenizer_config.json beside it)")
-    never = {name: differing[name] for name in NEVER if name in differing} | differences(config, meta.config)
+    model = differences(config, meta.config)
+    found |= {name: pair for name, pair in model.items() if name.rpartition(".")[2] in SHAPELESS}
+    never = {name: differing[name] for name in NEVER if name in differing}
+    never |= {name: pair for name, pair in model.items() if name not in found}
     allowed = set(config.run.allow_changed)
     for name in sorted(found.keys() & allowed):
         say(f"--allow-changed {name}: {found[name][1]}, was {found[name][0]}")
@@ -158,7 +161,7 @@ def _check_same_run(
     if passable := [name for name in refused if name not in never]:
         ways += f", or add {' '.join(f'--allow-changed {name}' for name in passable)} if that is meant"
     if impossible := [name for name in refused if name in never]:
-        ways += f" ({', '.join(impossible)} cannot change: the saved state would not fit)"
+        ways += f" ({', '.join(impossible)} cannot change: the saved arrays would not fit)"
     raise UserError("\n".join([f"{run_dir}: was trained with other settings; {ways}", *lines]))
 
 

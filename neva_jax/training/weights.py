@@ -194,6 +194,12 @@ MAY_DIFFER = (
     *("freeze", "init_std", "scaled_output_init", "position_init_std"),
     *("hidden_dropout", "attention_dropout", "ffn_dropout"),
 )
+# Another model, but of the same shapes.
+SHAPELESS = (
+    *("activation", "norm_eps", "select_layer", "select_feature", "image_mean", "image_std", "sliding_window"),
+    *("rope_base", "rope_fraction", "rope_scaling", "rope_factor", "rope_original_length"),
+    *("rope_low_freq_factor", "rope_high_freq_factor"),
+)
 RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
 
 
