@@ -498,8 +498,8 @@ def other_tokenizer(tokenizer_path, tmp_path) -> Path:
         ("model.vision.select_layer=-1", ["model.vision.select_layer: before -2, now -1"]),
         ("model.tokenizer={other}", ["model.tokenizer: before tokenizer.model 53cc769ab368, 400 tokens, now .*"]),
         (
-            "run.seed=1 data.compat=neva data.train={fewer}",
-            ["run.seed: before .*", "data.train: before .*", "data.compat: before none, now neva"],
+            "run.seed=1 data.image_position=front data.train={fewer}",
+            ["run.seed: before .*", "data.train: before .*", "data.image_position: before in_place, now front"],
         ),
     ],
 )
@@ -507,7 +507,7 @@ def test_all_that_would_make_another_run_is_told_with_the_way_to_allow_it(change
     before = contents(base)
     config = load_config(base / "config.yaml").data.train[0]
     fewer = f"[{{json: {config.json}, images: {config.images}, weight: 0.5}}]"
-    changes = change.replace("{fewer}", fewer).format(other=other_tokenizer).split(" ", 2)
+    changes = change.replace("{other}", str(other_tokenizer)).replace("{fewer}", fewer).split(" ", 2)
     keys = [line.split(":")[0] for line in lines]
     allow = " ".join(f"--allow-changed {key}" for key in keys)
     with pytest.raises(UserError) as caught:
@@ -733,7 +733,7 @@ def chained(once, aligned) -> Path:
 def test_finetuning_starts_with_the_pretrained_projector_and_its_base(chained, aligned, base):
     assert [line.split() for line in said(chained)[:4]] == [
         ["weights", "loaded", "random", "skipped", "from"],
-        ["vision", "18", "0", "0", f"{base}/checkpoints/4"],
+        ["vision", "23", "0", "0", f"{base}/checkpoints/4"],
         ["projector", "4", "0", "0", f"{aligned}/checkpoints/4"],
         ["llm", "12", "0", "0", f"{base}/checkpoints/4"],
     ]

@@ -255,7 +255,9 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.retention = Retention(keep, keep_every, keep_best)
         self.blocked = 0.0  # seconds for which training waited for the last `save`
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Folders are made at once: where they cannot be, the background would wait for them for minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._step = -1
@@ -397,7 +399,7 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 abstract = {"params": params, "optimizer": optimizer}
                 state = checkpointer.restore(step_dir / "state", args=restore_args(abstract))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # TensorStore raises a bare one
             raise DamagedCheckpoint(f"{step_dir}: cannot be restored ({reason(error)})") from error
         return state["params"], state["optimizer"], data
 

@@ -26,14 +26,14 @@ FIXED = (
 )
 # The same, and nothing can make the state fit again.
 NEVER = tuple(f"model.{name}.freeze" for name in COMPONENTS)
-_NONE, _FAILED = -1, -2
+_FAILED = -1
 
 
 def resumed_meta(
     config: Config,
     tokenizer: Tokenizer,
     run_dir: Path,
-    rows: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Meta | None:
     """What the checkpoint that the run goes on from says of itself, or None for a fresh run.
@@ -41,7 +41,7 @@ def resumed_meta(
     It is the newest one, verified as `checkpoint.verify` says; with `run.allow_fallback`, the newest good one.
 
     Args:
-      rows: how many each of `data.train` has. say: gets what should be known of the choice.
+      rows: how many each of `data.train` has; None: that is not compared. say: gets what should be known of the choice.
 
     Raises:
       DamagedCheckpoint: the newest is damaged (and no fallback).
@@ -55,12 +55,17 @@ def resumed_meta(
         return None
     if config.run.resume == "never":
         raise UserError(f"run.resume=never, but {run_dir} holds a checkpoint of step {newest}; name another run.dir")
-    step = _from_process_0(lambda: _usable_step(folder, config.checkpoint.verify, config.run.allow_fallback, say))
-    if step is None:
-        return None
+    damaged: list[DamagedCheckpoint] = []  # of process 0
+    step = _from_process_0(
+        lambda: _usable_step(folder, config.checkpoint.verify, config.run.allow_fallback, damaged, say)
+    )
     meta = read_meta(folder / str(step))
     data = json.loads((folder / str(step) / "data" / "metadata").read_text())
-    _check_same_run(config, tokenizer, meta, (data.get("rows"), list(rows)), run_dir, say)
+    _check_same_run(config, tokenizer, meta, (data.get("rows"), rows), run_dir, say)
+    for error, bad in zip(damaged, reversed(steps_in(folder)), strict=False):  # not before it may go on
+        say(f"{error}; put aside as {set_aside(folder / str(bad)).name}")
+    if damaged:
+        say(f"going back to step {step}, the newest good checkpoint (--allow-fallback)")
     return meta
 
 
@@ -72,30 +77,30 @@ def tidied(run_dir: Path) -> list[str]:
     return lines
 
 
-def _from_process_0(find: Callable[[], int | None]) -> int | None:
+def _from_process_0(find: Callable[[], int]) -> int:
     """What `find` returns on process 0, on every process; where it raises there, all end."""
     if jax.process_count() == 1:
         return find()
     found, error = _FAILED, None
     if jax.process_index() == 0:
         try:
-            step = find()
-            found = _NONE if step is None else step
+            found = find()
         except UserError as caught:
             error = caught
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if found == _FAILED:
         raise error or UserError("process 0 found no checkpoint that can be used; it says why")
-    return None if found == _NONE else found
+    return found
 
 
-def _usable_step(folder: Path, level: Level, allow_fallback: bool, say: Callable[[str], None]) -> int | None:
-    """The newest step that is what was saved; damaged ones are put aside if falling back is allowed.
+def _usable_step(
+    folder: Path, level: Level, allow_fallback: bool, damaged: list[DamagedCheckpoint], say: Callable[[str], None]
+) -> int:
+    """The newest step that is what was saved; `damaged` gets those above it, if falling back is allowed.
 
     Raises:
       DamagedCheckpoint: the newest is damaged, and falling back is not allowed, or there is nothing to fall back to.
     """
-    damaged: list[tuple[Path, DamagedCheckpoint]] = []
     for step in reversed(steps_in(folder)):
         step_dir = folder / str(step)
         try:
@@ -104,7 +109,7 @@ def _usable_step(folder: Path, level: Level, allow_fallback: bool, say: Callable
                 say(note)
             read_meta(step_dir)
         except DamagedCheckpoint as error:
-            damaged.append((step_dir, error))
+            damaged.append(error)
             if allow_fallback:
                 continue
             older = [other for other in steps_in(folder) if other < step]
@@ -114,30 +119,26 @@ def _usable_step(folder: Path, level: Level, allow_fallback: bool, say: Callable
                 else "there is no older one; move it away to start anew"
             )
             raise DamagedCheckpoint(f"{error}; {way}") from None
-        for bad, error in damaged:
-            say(f"{error}; put aside as {set_aside(bad).name}")
-        if damaged:
-            say(f"going back to step {step}, the newest good checkpoint (--allow-fallback)")
         return step
-    raise DamagedCheckpoint(f"{damaged[0][1]}; no checkpoint in {folder} is good; restore one from a copy")
+    raise DamagedCheckpoint(f"{damaged[0]}; no checkpoint in {folder} is good; restore one from a copy")
 
 
 def _check_same_run(
     config: Config,
     tokenizer: Tokenizer,
     meta: Meta,
-    rows: tuple[list[int] | None, list[int]],
+    rows: tuple[Sequence[int] | None, Sequence[int] | None],
     run_dir: Path,
     say: Callable[[str], None],
 ) -> None:
     """Raises UserError with a line for each difference that would make another run of it, unless it is allowed.
 
-    rows: of each source, before (None: not known) and now.
+    rows: of each source, before and now; None: not known.
     """
     differing = changes(meta.config, config)
     # The tokenizer's file may lie elsewhere now; its contents decide.
     found = {name: differing[name] for name in FIXED if name in differing and name != "model.tokenizer"}
-    if rows[0] is not None and rows[0] != rows[1] and "data.train" not in found:
+    if None not in rows and rows[0] != rows[1] and "data.train" not in found:
         found["data.train"] = tuple(f"files of {', '.join(map(str, counts))} rows" for counts in rows)
     if "data.chat_template" in found:  # whole texts
         found["data.chat_template"] = ("the template it was trained with", "another one")

@@ -87,7 +87,7 @@ def _read(step_dir: Path, abstract: dict) -> dict:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore((step_dir / "state").resolve(), args=restore_args(abstract))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # TensorStore raises a bare one
         raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read ({reason(error)})") from None
 
 

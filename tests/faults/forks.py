@@ -6,7 +6,7 @@ as good as a new process (jemalloc's own thread, which pyarrow brings, knows of 
 run has ended (negative: the signal).
 
 `kill` says where a run kills itself with SIGKILL: `["POINT", n]`, at the n-th time that it comes to a point of
-`_points`, or `["time", seconds]` after it asked for its first batch.
+`_points`, or `["time", seconds]` after its first step.
 """
 
 import json
@@ -92,13 +92,13 @@ def _arm(kill: list) -> None:
 
     point, when = kill
     if point == "time":
-        first = meter.Meter.next
+        real_next, calls = meter.Meter.next, []
 
         def next_batch(self: Any, stream: Any) -> Any:
-            if not hasattr(_arm, "timer"):
-                _arm.timer = threading.Timer(when, _die)
-                _arm.timer.start()
-            return first(self, stream)
+            calls.append(None)
+            if len(calls) == 2:
+                threading.Timer(when, _die).start()
+            return real_next(self, stream)
 
         meter.Meter.next = next_batch
         return
