@@ -123,9 +123,9 @@ def save(step_dir: Path, params: dict, files: dict[str, bytes]) -> None:
 class SavedArrays:
     """The arrays of a checkpoint step, opened one at a time and read by index."""
 
-    def __init__(self, step_dir: Path):
-        """Raises UserError if the step holds no arrays that can be read."""
-        self._folder = step_dir / "state"
+    def __init__(self, step_dir: Path, item: str = "params"):
+        """`item`: `params`, or `ema` (averages). Raises UserError if the step holds no arrays that can be read."""
+        self._folder, self._item = step_dir / "state", item
         try:
             described = json.loads((self._folder / "_METADATA").read_text())
         except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ class SavedArrays:
 
     def open(self, path: Sequence[str]) -> tensorstore.TensorStore:
         """The parameter at `path` (component first); raises UserError if it cannot be read."""
-        name = ".".join(("params", *path))
+        name = ".".join((self._item, *path))
         if self._ocdbt:
             base = {"driver": "file", "path": f"{self._folder}/"}
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
