@@ -18,6 +18,10 @@ class WorkerError(Exception):
     """A process or thread that loads data has died or hangs: which, and what it was doing. Nothing is lost."""
 
 
+class RunError(Exception):
+    """A run that cannot go on although its configuration is right (a disk is full): one line that says why."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose errors are `UserError`s: one line, like every other error of a command."""
 
@@ -28,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit status of a command that an error has ended, and what is to be said: one line, or a traceback."""
-    if isinstance(error, UserError | WorkerError):
+    if isinstance(error, UserError | WorkerError | RunError):
         return (2 if isinstance(error, UserError) else 1), f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT, "interrupted"
@@ -38,13 +42,13 @@ def ending(error: BaseException) -> tuple[int, str]:
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
-    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError`, printed as one line; 128 + signal after a stop that
-    was saved (`main` returns it); anything else is a traceback and 1.
+    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError` or `RunError`, printed as one line; 128 + signal
+    after a stop that was saved (`main` returns it); anything else is a traceback and 1.
     """
     waits = False  # whether this process would never end by itself
     try:
         status = main()
-    except (UserError, WorkerError, KeyboardInterrupt) as error:
+    except (UserError, WorkerError, RunError, KeyboardInterrupt) as error:
         status, message = ending(error)
         print(message, file=sys.stderr)
         waits = isinstance(error, WorkerError)  # for a thread that hangs

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="answer the questions and score the answers")
     run.add_argument("--checkpoint", required=True, metavar="DIR")
+    run.add_argument("--ema", action="store_true", help="the averaged weights (optimizer.ema_decay) of the checkpoint")
     run.add_argument("--images", metavar="DIR", help="folder that the image paths are relative to")
     run.add_argument("--batch-size", type=int, default=32, metavar="N")
     add_sampling_arguments(run)
@@ -53,7 +54,7 @@ def _run(options: argparse.Namespace, peers: Peers) -> int:
         raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
     sampling = sampling_options(options)
     use_compile_cache()
-    engine = Engine.from_checkpoint(options.checkpoint)
+    engine = Engine.from_checkpoint(options.checkpoint, options.ema)
     rows = answer_questions(
         engine, options.questions, questions, options.images, sampling, options.batch_size, options.checkpoint, peers
     )

@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line and answers; returns the exit status."""
     parser = CommandParser(prog="python -m neva_jax.generate", description="Ask a trained model.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a step in its checkpoints/")
+    parser.add_argument(
+        "--ema", action="store_true", help="the averaged weights (optimizer.ema_decay) of the checkpoint"
+    )
     one = parser.add_argument_group("one prompt; the answer is printed as it grows")
     one.add_argument("--prompt", metavar="S")
     one.add_argument("--image", metavar="F", action="append", default=[], help="may be given several times")
@@ -52,7 +55,7 @@ def _answer(options: argparse.Namespace, peers: Peers) -> int:
         return _one(options, sampling)
     check_output("--output", options.output, options.input)
     questions = read_questions(options.input)
-    engine = Engine.from_checkpoint(options.checkpoint)
+    engine = Engine.from_checkpoint(options.checkpoint, options.ema)
     answers = answer_questions(
         engine, options.input, questions, options.images, sampling, options.batch_size, str(options.checkpoint), peers
     )
@@ -83,7 +86,7 @@ def _file(name: str) -> str:
 
 
 def _one(options: argparse.Namespace, sampling: SamplingOptions) -> int:
-    engine = Engine.from_checkpoint(options.checkpoint)
+    engine = Engine.from_checkpoint(options.checkpoint, options.ema)
     try:
         images = [engine.read_image(_file(name)) for name in options.image]
         shown = ""

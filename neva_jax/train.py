@@ -26,13 +26,16 @@ from neva_jax.errors import CommandParser, UserError, exit_with
 from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
 from neva_jax.parallel.peers import ALONE, Peers
 from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
+from neva_jax.training import ema
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components
+from neva_jax.training.disk import probe
 from neva_jax.training.guard import StopRequest
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.profiling import Trace
-from neva_jax.training.resume import changes, resumed_meta, resumed_samples
+from neva_jax.training.resume import changes, resumed_meta, resumed_samples, tidied
+from neva_jax.training.retention import SaveTimes
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -41,10 +44,12 @@ from neva_jax.training.setup import (
     place_updates,
     saved_components,
     starting_weights,
+    verify_sources,
     with_vocabulary,
 )
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
+from neva_jax.training.weights import load_components
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,18 +57,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
+    parser.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, continue from the newest good one",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="continue although this key differs from the run's; may be given several times",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
     add_process_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
+    flags = ["run.allow_fallback=true"] if options.allow_fallback else []
+    if options.allow_changed:
+        flags.append(f"run.allow_changed=[{', '.join(options.allow_changed)}]")
+    overrides = [*options.overrides, *mesh_override, *flags]
     if options.print_config:
-        config = load_config(options.config, [*options.overrides, *mesh_override])
+        config = load_config(options.config, overrides)
         check_ranges(config)
         print(to_yaml(config) + derived_comment(config), end="")
         return 0
     with connected(options) as peers:
-        config = load_config(options.config, [*options.overrides, *mesh_override])
+        config = load_config(options.config, overrides)
         check(config)
         return run(config, peers)
 
@@ -99,7 +120,9 @@ def run(config: Config, peers: Peers = ALONE) -> int:
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
-    resumed = resumed_meta(config, tokenizer, run_dir)
+    said = peers.after_first(lambda: tidied(run_dir) if peers.first else [])
+    row_counts = [train_rows.rows_in(i) for i in range(len(train_rows.files))]
+    resumed = peers.after_first(lambda: resumed_meta(config, tokenizer, run_dir, row_counts, said.append))
     start = 0 if resumed is None else resumed.step
     peers.agree(start, f"the newest checkpoint of run.dir={run_dir}, which must be a folder that all processes share")
     if resumed is None:
@@ -113,10 +136,15 @@ def run(config: Config, peers: Peers = ALONE) -> int:
         if peers.first:
             print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
+    averaged = abstract_trained if config.optimizer.ema_decay is not None else {}
+    step_dir = run_dir / "checkpoints" / str(start)  # it is verified already
+    others = {name: path for name, path in sources.items() if path != step_dir}
+    if peers.first:
+        probe(run_dir, ({name: abstract[name] for name in contents}, abstract_moments, averaged))
+        verify_sources(others, config.checkpoint.verify, said.append)
     if resumed is None and peers.first:
         _write_config(run_dir, config)
     # Measuring may take minutes, and a signal ends it at once: nothing is there yet to be saved.
-    said: list[str] = []
     plan = partial(plan_rows, config=config, tokenizer=tokenizer, say=said.append)
     plans = peers.after_first(lambda: plan(train_rows, name="training"))
     val_plans = None if val_rows is None else peers.after_first(lambda: plan(val_rows, name="validation"))
@@ -126,7 +154,7 @@ def run(config: Config, peers: Peers = ALONE) -> int:
 
     with (
         StopRequest() as stop,
-        Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
+        Checkpoints.of(config) as checkpoints,
         jax.set_mesh(mesh),
         RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
         Trace(config.profile if peers.first else ProfileConfig(), run_dir) as trace,
@@ -145,10 +173,15 @@ def run(config: Config, peers: Peers = ALONE) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
+        trained_params = {name: params[name] for name in trained}
+        if averaged and resumed is not None and resumed.ema:
+            average = load_components(averaged, dict.fromkeys(trained, step_dir), averaged=step_dir)
+        else:
+            average = ema.start(trained_params, config.optimizer.ema_decay)
         first_step = jax.device_put(np.int32(start), replicated(mesh))
-        state = TrainState(first_step, {name: params[name] for name in trained}, moments)
+        state = TrainState(first_step, trained_params, moments, average)
         frozen_params = {name: params[name] for name in frozen}
-        del params
+        del params, trained_params, moments, average
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
         # --- the rows, and the programs that they feed
@@ -162,7 +195,8 @@ def run(config: Config, peers: Peers = ALONE) -> int:
         known_bad = peers.exchange(log.bad_rows)[0]
         bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
         packed, chunk = config.data.pack, config.train.loss_chunk
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
+        average_by = config.optimizer.ema_decay, config.optimizer.ema_every
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *average_by)
         validation = None
         if val_rows is not None:
             validation = Validation(
@@ -178,26 +212,34 @@ def run(config: Config, peers: Peers = ALONE) -> int:
             )
         compiled: set[int] = set()  # lengths
         meter, saved = Meter(), start
+        save_times = SaveTimes(config.checkpoint.every, config.checkpoint.every_minutes, config.log.every)
+        # What was validated after it was saved is known from the log alone.
+        logged = peers.exchange(log.values("val_loss"))[0]
+        val_losses = {int(at): loss for at, loss in [*progress.get("val_losses", {}).items(), *logged.items()]}
 
         def validate_now(step: int) -> None:
             loss = validation.run(step, state, frozen_params, mesh)
             log.metrics({"step": step, "val_loss": loss})
+            val_losses[step] = loss
 
         def validation_due(step: int) -> bool:
             return validation is not None and (step % config.eval.every == 0 or step == config.train.steps)
 
         def save_now(step: int) -> None:
             everything = {**frozen_params, **state.trained}
+            data = {"samples": samples, "plan": None if plans is None else plans.digest}
+            save_times.saved()
             checkpoints.save(
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                {"samples": samples, "plan": None if plans is None else plans.digest},
-                Meta(step, config, contents, base, tokenizer),
+                data | {"rows": row_counts, "val_losses": val_losses},
+                Meta(step, config, contents, base, tokenizer, bool(averaged)),
+                state.ema,
             )
 
         # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and not peers.exchange(log.has(start, "val_loss"))[0]:
+        if start > 0 and validation_due(start) and start not in val_losses:
             validate_now(start)
 
         # --- the loop
@@ -227,12 +269,14 @@ def run(config: Config, peers: Peers = ALONE) -> int:
             elif step == start + 1:
                 meter = Meter()  # nor does the wait for the first batch
             log.advance()
+            for line in checkpoints.news():
+                log.say(line)
             # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
             signal = peers.any(stop.signal)
             stopping = signal is not None
             final = step == config.train.steps
             last = final or stopping
-            saving = last or step % config.checkpoint.every == 0
+            saving = last or save_times.due(step)
             if saving or step % config.log.every == 0:
                 numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
                 if not all(map(math.isfinite, numbers.values())):
@@ -256,6 +300,8 @@ def run(config: Config, peers: Peers = ALONE) -> int:
             if final:
                 save_now(step)  # last of all: a run that has its last step is complete
         checkpoints.wait()
+        for line in checkpoints.news():
+            log.say(line)
         if step < config.train.steps:
             log.say(f"stopped by signal {signal} after step {step}, saved; the same command continues")
             return 128 + signal

@@ -6,6 +6,7 @@ Most run in this process through `train.main`; those that are killed are real pr
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,7 +260,8 @@ def test_log_txt_tells_what_was_run(base):
         f"frozen vision ({counts['vision'] / 1e6:.2f}M); 25 rows, 8 per step in 1 micro batches; "
         "mesh data=1,fsdp=1,tensor=1 on cpu; fp32",
     ]
-    assert [line.split()[:2] for line in lines[2:-1]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert [line.split()[:2] for line in lines[2:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert re.fullmatch(r"checkpoint 4: \d+\.\d MiB in \d+\.\d\d s; training waited \d+ ms", lines[-2])
     assert lines[-1] == f"done: step 4, checkpoint in {base}/checkpoints/4"
 
 
@@ -468,30 +470,83 @@ def other_tokenizer(tokenizer_path, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "lines"),
     [
-        ("run.resume=never", "run.resume=never, but {run} holds a checkpoint of step 4; name another run.dir"),
-        ("model.tokenizer={other}", "model.tokenizer={other} is not the file that {run} was trained with"),
-        ("model.llm.intermediate_size=128", "model.llm.intermediate_size=128, but the weights in {run} have 64"),
-        ("model.llm.vocab_size=401", "model.llm.vocab_size=401, but the weights in {run} have 400"),
-        ("model.vision.select_layer=-1", "model.vision.select_layer=-1, but the weights in {run} have -2"),
-        ("model.projector.kind=linear", "model.projector.kind=linear, but the weights in {run} have mlp2x_gelu"),
-        ("model.llm.freeze=true", "model.llm.freeze=True, but {run} was trained with False; use a new run.dir"),
-        ("run.seed=1", "run.seed=1, but {run} was trained with 1234; use a new run.dir"),
-        ("data.template=plain", "data.template=plain, but {run} was trained with v1; use a new run.dir"),
-        ("data.val_fraction=0.5", "data.val_fraction=0.5, but {run} was trained with 0.0; use a new run.dir"),
+        ("run.seed=1", ["run.seed: before 1234, now 1"]),
+        ("data.template=plain", ["data.template: before v1, now plain"]),
+        ("data.val_fraction=0.5", ["data.val_fraction: before 0.0, now 0.5"]),
+        ("data.sampling=replacement", ["data.sampling: before epochs, now replacement"]),
+        ("model.vision.select_layer=-1", ["model.vision.select_layer: before -2, now -1"]),
+        ("model.tokenizer={other}", ["model.tokenizer: before tokenizer.model 53cc769ab368, 400 tokens, now .*"]),
         (
-            "data.sampling=replacement",
-            "data.sampling=replacement, but {run} was trained with epochs; use a new run.dir",
+            "run.seed=1 data.image_position=front data.train={fewer}",
+            ["run.seed: before .*", "data.train: before .*", "data.image_position: before in_place, now front"],
         ),
     ],
 )
-def test_a_run_that_cannot_go_on_says_why(change, message, start, base, other_tokenizer):
+def test_all_that_would_make_another_run_is_told_with_the_way_to_allow_it(change, lines, start, base, other_tokenizer):
     before = contents(base)
+    config = load_config(base / "config.yaml").data.train[0]
+    fewer = f"[{{json: {config.json}, images: {config.images}, weight: 0.5}}]"
+    changes = change.replace("{other}", str(other_tokenizer)).replace("{fewer}", fewer).split(" ", 2)
+    keys = [line.split(":")[0] for line in lines]
+    allow = " ".join(f"--allow-changed {key}" for key in keys)
     with pytest.raises(UserError) as caught:
-        start(base, *of_steps(6), change.format(other=other_tokenizer))
-    assert str(caught.value) == message.format(run=base, other=other_tokenizer)
+        start(base, *of_steps(6), *changes)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{base}: was trained with other settings; use a new run.dir, or add {allow} if that is meant"
+    assert len(others) == len(lines)
+    for line, expected in zip(others, lines, strict=True):
+        assert re.fullmatch(f"  {expected}", line), line
     assert contents(base) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("model.llm.intermediate_size=128", "model.llm.intermediate_size: before 64, now 128"),
+        ("model.llm.vocab_size=401", "model.llm.vocab_size: before 400, now 401"),
+        ("model.projector.kind=linear", "model.projector.kind: before mlp2x_gelu, now linear"),
+        ("model.llm.freeze=true", "model.llm.freeze: before False, now True"),
+    ],
+)
+def test_what_the_arrays_do_not_fit_cannot_be_allowed(change, line, start, base):
+    before, key = contents(base), change.split("=")[0]
+    with pytest.raises(UserError) as caught:
+        start(base, *of_steps(6), change, "--allow-changed", key)
+    assert str(caught.value).splitlines() == [
+        f"{base}: was trained with other settings; use a new run.dir ({key} cannot change: the saved arrays would not "
+        "fit)",
+        f"  {line}",
+    ]
+    assert contents(base) == before
+
+
+def test_an_allowed_difference_is_told_and_the_run_goes_on(start, base, llava_data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    rows = tmp_path / "fewer.json"
+    rows.write_text(json.dumps(json.loads(llava_data.json.read_text())[:20]))
+    change = f"data.train=[{{json: {rows}, images: {llava_data.images}}}]"
+    assert start(run, *of_steps(5), change, "--allow-changed", "data.train", "--allow-changed", "run.seed") == 0
+    assert any(line.startswith("--allow-changed data.train: ") for line in said(run))
+    assert max(losses(run)) == 5
+
+
+def test_rows_that_were_added_to_a_file_are_a_difference(start, base, llava_data, tmp_path):
+    run, rows = tmp_path / "run", tmp_path / "rows.json"
+    train = f"data.train=[{{json: {rows}, images: {llava_data.images}}}]"
+    shutil.copy(llava_data.json, rows)
+    assert start(run, train, "checkpoint.every=2", *of_steps(5)) == 0
+    rows.write_text(json.dumps(json.loads(rows.read_text())[:20]))
+    with pytest.raises(UserError, match=r"\n  data.train: before files of 25 rows, now files of 20 rows$"):
+        start(run, train, *of_steps(6))
+
+
+def test_a_run_that_may_not_go_on_says_why(start, base):
+    with pytest.raises(UserError) as caught:
+        start(base, *of_steps(6), "run.resume=never")
+    assert str(caught.value) == f"run.resume=never, but {base} holds a checkpoint of step 4; name another run.dir"
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -651,9 +706,11 @@ def chained(once, aligned) -> Path:
 
 
 def test_finetuning_starts_with_the_pretrained_projector_and_its_base(chained, aligned, base):
-    assert said(chained)[:2] == [
-        f"projector: weights from {aligned}/checkpoints/4",
-        f"vision, llm: weights from {base}/checkpoints/4",
+    assert [line.split() for line in said(chained)[:4]] == [
+        ["weights", "loaded", "random", "skipped", "from"],
+        ["vision", "23", "0", "0", f"{base}/checkpoints/4"],
+        ["projector", "4", "0", "0", f"{aligned}/checkpoints/4"],
+        ["llm", "12", "0", "0", f"{base}/checkpoints/4"],
     ]
     assert set(state(chained, 4)["params"]) == {"projector", "llm"}
     assert locate(meta(chained, 4)["base"]) == aligned / "checkpoints" / "4"
@@ -737,7 +794,7 @@ def test_a_skipped_row_is_replaced_by_the_next_and_told_once(damaged, start, tmp
     skip = [damaged.train, "data.on_bad_row=skip", "data.max_bad_fraction=0.04"]  # one of 25
     assert start(run, *skip) == 0
     saved = json.loads((run / "checkpoints" / "4" / "data" / "metadata").read_text())
-    assert saved == {"samples": 4 * BATCH, "plan": None}
+    assert saved == {"samples": 4 * BATCH, "plan": None, "rows": [25], "val_losses": {}}
     listed = (run / "bad_rows.jsonl").read_text()
     assert start(run, *skip, *of_steps(6)) == 0
     assert [line for line in said(run) if line.startswith("skipped")] == [f"skipped {damaged.message}"]

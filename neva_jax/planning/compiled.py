@@ -60,8 +60,11 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, trained, config.mesh.zero1)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trained, moments)
+    if config.optimizer.ema_decay is not None:
+        state = state._replace(ema=trained)
+    average = config.optimizer.ema_decay, config.optimizer.ema_every
     schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
-    step = make_train_step(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config))
+    step = make_train_step(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config), *average)
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, frozen, batch).compile()

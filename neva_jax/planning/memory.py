@@ -107,7 +107,7 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
     memory = Memory(
-        masters=local_bytes(trained),
+        masters=local_bytes(trained) * (1 if config.optimizer.ema_decay is None else 2),  # and their average
         frozen=local_bytes(frozen),
         moments=local_bytes(moments),
         average=0 if config.optimizer.ema_decay is None else local_bytes(trained),

@@ -79,9 +79,9 @@ class RunLog:
         self._text.write(f"{datetime.now().isoformat(timespec='seconds')} {message}\n")
         self._text.flush()
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether the value `name` of a step is logged already."""
-        return any(row["step"] == step and name in row for row in self._rows)
+    def values(self, name: str) -> dict[int, float]:
+        """Step -> the value `name`, of every step for which it is logged."""
+        return {row["step"]: row[name] for row in self._rows if name in row}
 
     def bad_row(self, record: dict[str, Any]) -> None:
         """One line of `bad_rows.jsonl`: `step` and what is known of a row that could not be used."""
@@ -159,9 +159,9 @@ class SilentLog:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def has(self, step: int, name: str) -> bool:
+    def values(self, name: str) -> dict[int, float]:
         """Nobody asks this one alone."""
-        return False
+        return {}
 
     def say(self, message: str) -> None:
         """Nothing."""

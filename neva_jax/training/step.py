@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from neva_jax.training import ema
 from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
@@ -21,11 +22,14 @@ Part = tuple[Arrays, jax.Array | None]  # a micro batch and its key of dropout
 
 
 class TrainState(NamedTuple):
-    """What a step changes: completed steps, the trained fp32 parameters, and the optimizer's state."""
+    """What a step changes: completed steps, the trained fp32 parameters, the optimizer's state, and the parameters'
+    moving average (empty where `optimizer.ema_decay` is not set).
+    """
 
     step: jax.Array
     trained: Parameters
     optimizer: optax.OptState
+    ema: Parameters = {}  # noqa: RUF012 (a NamedTuple's default; nothing changes it)
 
 
 def batch_nll(
@@ -83,6 +87,8 @@ def make_train_step(
     chunk: int,
     packed: bool = False,
     dropout_seed: int | None = None,
+    ema_decay: float | None = None,
+    ema_every: int = 1,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -95,7 +101,9 @@ def make_train_step(
         loss, grads = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
-        return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), optimizer_state), metrics
+        trained = optax.apply_updates(state.trained, updates)
+        average = ema.update(state.ema, trained, state.step + 1, ema_decay, ema_every)
+        return TrainState(state.step + 1, trained, optimizer_state, average), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -46,6 +46,7 @@ class Validation:
             count_bad_rows(batch, self.bad_rows, self.log, step)
             surplus = i * size + batch.rows >= wanted  # the last batch was filled up with further rows
             batch.arrays["loss_weights"][surplus] = 0
-            nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
+            arrays = place_batch(mesh, batch.arrays, self.accumulate)
+            nll, weight = self.eval_step(state.ema or state.trained, frozen, arrays)  # NeMo swaps the average in too
             total, weights = total + float(nll), weights + float(weight)
         return total / weights

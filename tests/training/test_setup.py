@@ -206,7 +206,13 @@ def test_weights_come_from_the_checkpoint_and_the_rest_is_random(pretrained):
     assert differing(params["vision"], random_start(seed=2)["vision"]) == []
     assert differing(params["projector"], random_start(seed=2)["projector"]) == []
     assert differing(params["llm"], random_start(seed=1)["llm"]) == []
-    assert said == [f"vision, projector: weights from {step_dir}", "llm: random weights from run.seed=1"]
+    assert said == [
+        "weights    loaded  random  skipped  from",
+        f"vision     18      0       0        {step_dir}",
+        f"projector  4       0       0        {step_dir}",
+        "llm        0       12      0        -",
+        "llm: random weights from run.seed=1",
+    ]
 
 
 def test_without_a_checkpoint_there_are_no_sources():
