@@ -208,7 +208,7 @@ def test_weights_come_from_the_checkpoint_and_the_rest_is_random(pretrained):
     assert differing(params["llm"], random_start(seed=1)["llm"]) == []
     assert said == [
         "weights    loaded  random  skipped  from",
-        f"vision     18      0       0        {step_dir}",
+        f"vision     23      0       0        {step_dir}",
         f"projector  4       0       0        {step_dir}",
         "llm        0       12      0        -",
         "llm: random weights from run.seed=1",
