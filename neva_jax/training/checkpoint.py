@@ -16,6 +16,7 @@ manifest is made from what lies there, and `STEP.writing` becomes `STEP`. Only t
 """
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -255,6 +256,8 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.retention = Retention(keep, keep_every, keep_best)
         self.blocked = 0.0  # seconds for which training waited for the last `save`
+        # When one array cannot be written Orbax raises that, and asyncio prints all the others.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         # Folders are made at once: where they cannot be, the background would wait for them for minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
