@@ -7,11 +7,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
+
+
+class RunError(Exception):
+    """A run that had to stop: why, in one line, and what to do. What it had saved is there."""
 
 
 class WorkerError(Exception):
@@ -29,8 +34,8 @@ class CommandParser(argparse.ArgumentParser):
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
-    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError`, printed as one line; 128 + signal after a stop that
-    was saved (`main` returns it); anything else is a traceback and 1.
+    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError` or `RunError`, printed as one line; 128 + signal
+    after a stop that was saved (`main` returns it); anything else is a traceback and 1.
     """
     waits = False  # whether this process would never end by itself
     try:
@@ -38,6 +43,9 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
     except WorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         status, waits = 1, True  # for a thread that hangs
@@ -56,9 +64,15 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     children = multiprocessing.active_children()
     if children or waits:
         # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
-        for child in children:
-            child.kill()
+        leave_at_once(status or 0)
+    sys.exit(status)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Ends this process and its children now, from any thread."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+    os._exit(status)

@@ -1,10 +1,11 @@
 """python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
 
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging as absl_logging
@@ -18,16 +19,19 @@ from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.pipeline import batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.watch import Watched
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
-from neva_jax.errors import CommandParser, UserError, exit_with
-from neva_jax.parallel.mesh import make_mesh, place_batch
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components
-from neva_jax.training.guard import StopRequest
+from neva_jax.errors import CommandParser, RunError, UserError, WorkerError, exit_with
+from neva_jax.parallel.mesh import make_mesh, place_batch, replicated
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, load_components, newest_step
+from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from neva_jax.training.profiling import Trace
 from neva_jax.training.resume import changes, resumed_meta, resumed_samples
+from neva_jax.training.run_lock import RunLock
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -38,8 +42,10 @@ from neva_jax.training.setup import (
     starting_weights,
     with_vocabulary,
 )
+from neva_jax.training.signals import StopRequest
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
+from neva_jax.training.watchdog import Watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(to_yaml(config) + derived_comment(config), end="")
         return 0
     check(config)
-    return run(config)
+    try:
+        with RunLock(config.run.dir) as lock:
+            return run(config, lock)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(config, error) from None
 
 
-def run(config: Config) -> int:
-    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status.
+def run(config: Config, lock: RunLock) -> int:
+    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status. `lock`: of `run.dir`.
 
     Raises:
       UserError: configuration, data or checkpoint cannot be used.
+      RunError, WorkerError: the run had to stop.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain narrate every save otherwise
 
@@ -110,7 +123,7 @@ def run(config: Config) -> int:
         Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
         jax.set_mesh(mesh),
         RunLog(config.log, run_dir, start, config.train.steps, config) as log,
-        Trace(config.profile, run_dir) as trace,
+        Trace(config.profile, run_dir, log.say) as trace,
     ):
         # --- state: resumed, or fresh
         if resumed is None:
@@ -126,7 +139,13 @@ def run(config: Config) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments)
+
+        def state_of(step: int, params: dict, moments: Any, progress: dict[str, Any]) -> TrainState:
+            counted = guard_state(config.guard, progress.get("guard"))
+            numbers = jax.device_put((jax.numpy.int32(step), counted), replicated(mesh))
+            return TrainState(numbers[0], {name: params[name] for name in trained}, moments, numbers[1])
+
+        state = state_of(start, params, moments, progress)
         frozen_params = {name: params[name] for name in frozen}
         del params
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
@@ -137,11 +156,17 @@ def run(config: Config) -> int:
         samples = resumed_samples(progress, plans, train_rows)
         if resumed is not None:
             _write_config(run_dir, config)  # not before it may go on
-        left = (config.train.steps - start) * config.train.global_batch
-        stream = batches(train_rows, config, tokenizer, samples, left, plans)
+
+        def stream_after(step: int) -> Watched:
+            left = (config.train.steps - step) * config.train.global_batch
+            return batches(train_rows, config, tokenizer, samples, left, plans)
+
+        stream = stream_after(start)
         bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
         packed, chunk = config.data.pack, config.train.loss_chunk
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config))
+        guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
+        spike_factor = config.guard.spike_factor
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), spike_factor)
         validation = None
         if val_rows is not None:
             validation = Validation(
@@ -155,10 +180,10 @@ def run(config: Config) -> int:
                 log,
             )
         compiled: set[int] = set()  # lengths
-        meter, saved = Meter(), start
+        meter, saved, done = Meter(), start, start  # the last step that is saved, and that is done
 
         def validate_now(step: int) -> None:
-            loss = validation.run(step, state, frozen_params, mesh)
+            loss = validation.run(step, state, frozen_params, mesh, watchdog)
             log.metrics({"step": step, "val_loss": loss})
 
         def validation_due(step: int) -> bool:
@@ -170,72 +195,117 @@ def run(config: Config) -> int:
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                {"samples": samples, "plan": None if plans is None else plans.digest},
+                {
+                    "samples": samples,
+                    "plan": None if plans is None else plans.digest,
+                    "guard": guard.saved(state.guard),
+                },
                 Meta(step, config, contents, base, tokenizer),
             )
 
-        # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
-            validate_now(start)
+        def save_if_possible() -> str:
+            """When the run must end between two steps: nothing that is done gets lost. Returns what it did."""
+            if jax.process_count() > 1 or int(state.step) != done:
+                return f"not possible now; the last checkpoint is that of step {saved}"
+            if done > saved and guard.look(saved) is None:
+                save_now(done)
+                checkpoints.wait()
+            return f"all is saved up to step {done}"
 
-        # --- the loop
-        for step in range(start + 1, config.train.steps + 1):
-            if step == start + 1 and stop.signal is not None:
-                log.say(f"stopped by signal {stop.signal} before step {step}; the same command continues")
-                return 128 + stop.signal
-            trace.before(step, state)
-            batch = meter.next(stream)
-            count_bad_rows(batch, bad_rows, log, step)
-            length = batch.arrays["tokens"].shape[1]
-            compiles = length not in compiled
-            if compiles and len(batch_lengths(config)) > 1:
-                log.say(f"step {step}: the first batch of {length} tokens; compiling")
-            compiled.add(length)
-            timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
-            with (
-                nullcontext() if timed else meter.paused(state),
-                jax.profiler.StepTraceAnnotation("train", step_num=step),
-            ):
-                state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
-                if compiles:
-                    jax.block_until_ready(metrics)
-            samples = batch.consumed
-            if timed:
-                meter.count(batch)
-            elif step == start + 1:
-                meter = Meter()  # nor does the wait for the first batch
-            log.advance()
-            # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
-            stopping = stop.signal is not None
-            final = step == config.train.steps
-            last = final or stopping
-            saving = last or step % config.checkpoint.every == 0
-            if saving or step % config.log.every == 0:
-                numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
-                if not all(map(math.isfinite, numbers.values())):
-                    raise FloatingPointError(
-                        f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}; nothing is saved "
-                        f"after step {saved}, from which the same command would continue"
-                    )
-                if last or step % config.log.every == 0:
+        def roll_back(to: Rollback) -> int:
+            """Takes the newest checkpoint, and the rows after the bad ones; returns its step."""
+            nonlocal state, samples, stream, meter
+            checkpoints.wait()
+            step = newest_step(checkpoints.directory)
+            if step is None:
+                raise RunError(f"no checkpoint to go back to from step {to.step}; a smaller checkpoint.every makes one")
+            state = None  # never two of them
+            params, moments, progress = checkpoints.restore(step, abstract_trained, abstract_moments)
+            state, samples = state_of(step, params, moments, progress), to.samples
+            guard.skipped = int(state.guard.skipped)
+            stream, meter = stream_after(step), Meter()
+            log.rewind(step)
+            log.say(f"back to step {step}; its next rows are those after step {to.step}")
+            return step
+
+        watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
+        with watch as watchdog:
+            # The run may have been killed between saving and validating.
+            if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
+                validate_now(start)
+            if stop.signal is not None:
+                log.say(f"stopped by {stop.name} before step {start + 1}; the same command continues")
+                return stop.status
+
+            # --- the loop
+            step = start
+            while step < config.train.steps:
+                step += 1
+                trace.before(step, state)
+                watchdog.alive(f"step {step} waits for its batch")
+                try:
+                    batch = meter.next(stream)
+                    count_bad_rows(batch, bad_rows, log, step)
+                except (UserError, WorkerError):
+                    log.say(save_if_possible())
+                    raise
+                rows_of_batch = partial(map, train_rows.describe, batch.refs)
+                watchdog.goes_on(f"step {step} is computed", rows_of_batch)
+                length = batch.arrays["tokens"].shape[1]
+                compiles = length not in compiled
+                if compiles and len(batch_lengths(config)) > 1:
+                    log.say(f"step {step}: the first batch of {length} tokens; compiling")
+                compiled.add(length)
+                timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
+                with (
+                    nullcontext() if timed else meter.paused(state),
+                    jax.profiler.StepTraceAnnotation("train", step_num=step),
+                ):
+                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+                    if compiles:
+                        jax.block_until_ready(metrics)
+                guard.add(step, batch, metrics)
+                samples, done = batch.consumed, step
+                if timed:
+                    meter.count(batch)
+                elif step == start + 1:
+                    meter = Meter()  # nor does the wait for the first batch
+                log.advance()
+                if lock.lost is not None:
+                    raise RunError(f"{lock.lost}; stopped after step {step}")
+                # Asked once: what is saved and what is said must agree. A signal that comes later stops the next step.
+                stopping, final = stop.reached(step), step == config.train.steps
+                last = final or stopping
+                saving, logging = last or step % config.checkpoint.every == 0, last or step % config.log.every == 0
+                if saving or logging or guard.full:
+                    if (rollback := guard.look(saved)) is not None:
+                        watchdog.alive("rolling back")
+                        step = saved = done = roll_back(rollback)
+                        continue
+                    # Parameters that bad steps follow may be the reason: a rollback must not find them.
+                    saving = saving and (last or guard.in_row == 0)
+                if logging:
+                    numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
                     epoch = samples / train_rows.epoch_size
-                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch})
+                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch, **guard.counts()})
                     meter = Meter()
-            if saving and not final:
-                with meter.paused(state):
-                    save_now(step)
-                    saved = step
-            if stopping and not final:
-                break
-            if validation_due(step):
-                with meter.paused(state):
-                    validate_now(step)
-            if final:
-                save_now(step)  # last of all: a run that has its last step is complete
-        checkpoints.wait()
+                if saving and not final:
+                    watchdog.alive(f"step {step} is saved")
+                    with meter.paused(state):
+                        save_now(step)
+                        saved = step
+                if stopping and not final:
+                    break
+                if validation_due(step):
+                    with meter.paused(state):
+                        validate_now(step)
+                if final:
+                    watchdog.alive(f"step {step} is saved")
+                    save_now(step)  # last of all: a run that has its last step is complete
+            checkpoints.wait()
         if step < config.train.steps:
-            log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
-            return 128 + stop.signal
+            log.say(f"stopped by {stop.name} after step {step}, saved; the same command continues")
+            return stop.status
         if bad_rows.counts:
             log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")

@@ -40,11 +40,13 @@ class Batch:
     """B rows as host arrays (DESIGN, "Batch"), and the bad rows met while they were made.
 
     consumed: samples of the run up to the end of this batch, which is where the next one begins.
+    refs: the rows of the sources that it was made from.
     """
 
     arrays: dict[str, np.ndarray]
     bad_rows: list[BadRowReport] = field(default_factory=list)
     consumed: int = 0
+    refs: list[RowRef] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -78,7 +80,7 @@ class SampleMaker:
         self.samples = Samples(sources, config, tokenizer)
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The arrays of one row (without B), plus `bad_rows` and `consumed`; arrays are missing if none could be made.
+        """The arrays of one row (without B), which are missing if none could be made; `bad_rows`, `refs`, `consumed`.
 
         A place of the order that gives no sample is replaced by the next place that gives some.
         """
@@ -87,6 +89,7 @@ class SampleMaker:
         consumed, places = self._places(index)
         bad: list[BadRowReport] = []
         arrays: dict[str, np.ndarray] = {}
+        made: list[Sample] = []
         for place in itertools.islice(places, ATTEMPTS):
             made = self._make_all(place, bad)
             if made:
@@ -95,7 +98,7 @@ class SampleMaker:
                 break
         if self.board is not None:
             self.board.say(_line(), -1)
-        return {**arrays, "bad_rows": bad, "consumed": consumed}
+        return {**arrays, "bad_rows": bad, "refs": [sample.ref for sample in made], "consumed": consumed}
 
     def make(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One source row alone in its training row; raises BadRow."""
@@ -245,16 +248,17 @@ def batch_lengths(config: Config) -> list[int]:
 def _collate(lengths: Sequence[int], samples: list[dict[str, Any]]) -> Batch:
     """Rows -> a batch of the smallest of the lengths that holds them all."""
     bad_rows = [report for sample in samples for report in sample["bad_rows"]]
+    refs = [ref for sample in samples for ref in sample["refs"]]
     consumed = samples[-1]["consumed"]
     if not all("tokens" in sample for sample in samples):
-        return Batch({}, bad_rows, consumed)
+        return Batch({}, bad_rows, consumed, refs)
     longest = max(int((sample["segment_ids"] > 0).sum()) for sample in samples)
     length = next(length for length in lengths if length >= longest)
 
     def stacked(name: str) -> np.ndarray:
         return np.stack([sample[name] if name == "images" else sample[name][:length] for sample in samples])
 
-    return Batch({name: stacked(name) for name in ARRAYS}, bad_rows, consumed)
+    return Batch({name: stacked(name) for name in ARRAYS}, bad_rows, consumed, refs)
 
 
 def _become_worker(board: Board, index: int, count: int) -> None:
@@ -263,7 +267,7 @@ def _become_worker(board: Board, index: int, count: int) -> None:
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
     the main process waiting for its batch.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

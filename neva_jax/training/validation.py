@@ -1,5 +1,6 @@
 """Validation while a run trains."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.parallel.mesh import place_batch
 from neva_jax.training.metrics import RunLog, count_bad_rows
 from neva_jax.training.step import TrainState
+from neva_jax.training.watchdog import Watchdog
 
 
 @dataclass
@@ -36,16 +38,17 @@ class Validation:
         # Threads: starting worker processes would take longer than a short validation.
         self.threaded = replace(self.config, data=replace(self.config.data, workers=0))
 
-    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any) -> float:
+    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any, watchdog: Watchdog) -> float:
         """The loss after `step`."""
         size = self.config.train.global_batch
         there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
         wanted = min(self.config.eval.batches * size, there)
         total, weights = 0.0, 0.0
         for i, batch in enumerate(batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans)):
+            watchdog.alive(f"validation after step {step}, batch {i + 1}")
             count_bad_rows(batch, self.bad_rows, self.log, step)
             surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
             batch.arrays["loss_weights"][surplus] = 0
             nll, weight = self.eval_step(state.trained, frozen, place_batch(mesh, batch.arrays, self.accumulate))
             total, weights = total + float(nll), weights + float(weight)
-        return total / weights
+        return total / weights if weights else math.nan
