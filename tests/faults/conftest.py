@@ -1,4 +1,4 @@
-"""What the tests of faults share: one tiny configuration, compiled once, in this process and in those that are damaged."""
+"""What the tests of faults share: one tiny configuration, compiled once, here and in the processes that are damaged."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -2,8 +2,8 @@
 
 `Parent` runs this file as a script, which has neither a JAX backend nor threads. Each line on its stdin is a command:
 
-    {"start": [arguments], "log": FILE, "before": SOURCE}     forks a run, whose output is added to FILE; answers its pid
-    {"wait": PID, "seconds": S}                               answers its exit status; negative: the signal that ended it
+    {"start": [arguments], "log": FILE, "before": SOURCE}     forks a run, which writes to FILE; answers its pid
+    {"wait": PID, "seconds": S}                               answers its exit status; negative: a signal
 
 SOURCE is Python, executed in the run before it begins: the damage that is done to it.
 """
