@@ -40,7 +40,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 def config_from_dict(values: dict) -> Config:
     """The inverse of `to_dict`; used for the copy of the configuration inside a checkpoint."""
-    return _merged([(values, "configuration of the checkpoint")])
+    # Not a path by then, but a whole template, which may hold anything: OmegaConf never sees it.
+    data = dict(values.get("data", {}))
+    template = data.pop("chat_template", None)
+    config = _merged([(values | {"data": data}, "configuration of the checkpoint")])
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=template))
 
 
 def to_dict(config: Any) -> dict:
@@ -50,7 +54,7 @@ def to_dict(config: Any) -> dict:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict:
@@ -103,6 +107,19 @@ for _tag, _pattern, _first in (
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader`, or a reader of YAML 1.1, would take for something else than text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Every value is written where it stands."""
+        return True
 
 
 def _nest(name: str, value: Any) -> dict:
@@ -158,6 +175,7 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
             raise UserError(f"{origin}: unknown key {wrong}; did you mean {near[0]}?")
         if isinstance(value, str) and value == "???":
             raise UserError(f"{origin}: {prefix}{name}: ??? stands for a value that is still missing; give one")
+        _check_plain(value, f"{origin}: {prefix}{name}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             _check_keys(value, kind, f"{prefix}{name}.", origin)
@@ -168,6 +186,14 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
                 _check_keys(source, SourceConfig, f"{prefix}{name}[{i}].", origin)
                 with _named(origin, f"{prefix}{name}[{i}]."):
                     OmegaConf.merge(OmegaConf.structured(SourceConfig(), flags={"readonly": False}), source)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raises UserError for `${…}`, which OmegaConf would replace: by a secret of the environment, say."""
+    if isinstance(value, str) and "${" in value:
+        raise UserError(f"{where}={value}: ${{…}} is not replaced in a configuration; write the value itself")
+    for item in value if isinstance(value, list) else []:
+        _check_plain(item, where)
 
 
 def _first_key(value: Any) -> str:

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -14,12 +15,12 @@ class UserError(Exception):
     """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
 
 
+class RunError(Exception):
+    """A run that had to stop: why, in one line, and what to do. What it had saved is there."""
+
+
 class WorkerError(Exception):
     """A process or thread that loads data has died or hangs: which, and what it was doing. Nothing is lost."""
-
-
-class RunError(Exception):
-    """A run that cannot go on although its configuration is right (a disk is full): one line that says why."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,9 +65,15 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     children = multiprocessing.active_children()
     if children or waits:
         # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
-        for child in children:
-            child.kill()
+        leave_at_once(status or 0)
+    sys.exit(status)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Ends this process and its children now, from any thread."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+    os._exit(status)

@@ -1,11 +1,11 @@
 """python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
 
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,21 +21,24 @@ from neva_jax.data.encoding import conversation_encoder
 from neva_jax.data.pipeline import Share, batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.watch import Watched
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
-from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.errors import CommandParser, RunError, UserError, WorkerError, exit_with
 from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
 from neva_jax.parallel.peers import ALONE, Peers
 from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
 from neva_jax.training import ema
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
 from neva_jax.training.disk import probe
-from neva_jax.training.guard import StopRequest
+from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from neva_jax.training.profiling import Trace
 from neva_jax.training.resume import changes, resumed_meta, resumed_samples, tidied
 from neva_jax.training.retention import SaveTimes
+from neva_jax.training.run_lock import RunLock
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -47,8 +50,10 @@ from neva_jax.training.setup import (
     verify_sources,
     with_vocabulary,
 )
+from neva_jax.training.signals import StopRequest
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
+from neva_jax.training.watchdog import Watchdog
 from neva_jax.training.weights import load_components
 
 
@@ -86,16 +91,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with connected(options) as peers:
         config = load_config(options.config, overrides)
         check(config)
-        return run(config, peers)
+        try:
+            with RunLock(config.run.dir) if peers.first else nullcontext() as lock:
+                return run(config, lock, peers)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, error) from None
 
 
-def run(config: Config, peers: Peers = ALONE) -> int:
-    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status.
+def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
+    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status. `lock`: of `run.dir`.
 
     Several processes (`peers`) run this alike, and each reads its rows of a batch; the first alone writes and prints.
 
     Raises:
       UserError: configuration, data or checkpoint cannot be used.
+      RunError, WorkerError: the run had to stop.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain narrate every save otherwise
 
@@ -157,7 +169,7 @@ def run(config: Config, peers: Peers = ALONE) -> int:
         Checkpoints.of(config) as checkpoints,
         jax.set_mesh(mesh),
         RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
-        Trace(config.profile if peers.first else ProfileConfig(), run_dir) as trace,
+        Trace(config.profile if peers.first else ProfileConfig(), run_dir, log.say) as trace,
     ):
         # --- state: resumed, or fresh
         if resumed is None:
@@ -173,15 +185,22 @@ def run(config: Config, peers: Peers = ALONE) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        trained_params = {name: params[name] for name in trained}
-        if averaged and resumed is not None and resumed.ema:
-            average = load_components(averaged, dict.fromkeys(trained, step_dir), averaged=step_dir)
-        else:
-            average = ema.start(trained_params, config.optimizer.ema_decay)
-        first_step = jax.device_put(np.int32(start), replicated(mesh))
-        state = TrainState(first_step, trained_params, moments, average)
+
+        def state_of(step: int, params: dict, moments: Any, progress: dict[str, Any], with_average: bool) -> TrainState:
+            counted = guard_state(config.guard, progress.get("guard"))
+            numbers = jax.device_put((np.int32(step), counted), replicated(mesh))
+            trained_params = {name: params[name] for name in trained}
+            if with_average:
+                saved_in = run_dir / "checkpoints" / str(step)
+                average = load_components(averaged, dict.fromkeys(trained, saved_in), averaged=saved_in)
+            else:
+                average = ema.start(trained_params, config.optimizer.ema_decay)
+            return TrainState(numbers[0], trained_params, moments, numbers[1], average)
+
+        has_average = bool(averaged) and resumed is not None and resumed.ema
+        state = state_of(start, params, moments, progress, has_average)
         frozen_params = {name: params[name] for name in frozen}
-        del params, trained_params, moments, average
+        del params, moments
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
 
         # --- the rows, and the programs that they feed
@@ -190,13 +209,18 @@ def run(config: Config, peers: Peers = ALONE) -> int:
         samples = resumed_samples(progress, plans, train_rows)
         if resumed is not None and peers.first:
             _write_config(run_dir, config)  # not before it may go on
-        left = (config.train.steps - start) * config.train.global_batch
-        stream = batches(train_rows, config, tokenizer, samples, left, plans, share)
+
+        def stream_after(step: int) -> Watched:
+            left = (config.train.steps - step) * config.train.global_batch
+            return batches(train_rows, config, tokenizer, samples, left, plans, share)
+
+        stream = stream_after(start)
         known_bad = peers.exchange(log.bad_rows)[0]
         bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
         packed, chunk = config.data.pack, config.train.loss_chunk
-        average_by = config.optimizer.ema_decay, config.optimizer.ema_every
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *average_by)
+        guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
+        judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
+        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *judged_by)
         validation = None
         if val_rows is not None:
             validation = Validation(
@@ -211,14 +235,14 @@ def run(config: Config, peers: Peers = ALONE) -> int:
                 log,
             )
         compiled: set[int] = set()  # lengths
-        meter, saved = Meter(), start
+        meter, saved, done = Meter(), start, start  # the last step that is saved, and that is done
         save_times = SaveTimes(config.checkpoint.every, config.checkpoint.every_minutes, config.log.every)
         # What was validated after it was saved is known from the log alone.
         logged = peers.exchange(log.values("val_loss"))[0]
         val_losses = {int(at): loss for at, loss in [*progress.get("val_losses", {}).items(), *logged.items()]}
 
         def validate_now(step: int) -> None:
-            loss = validation.run(step, state, frozen_params, mesh)
+            loss = validation.run(step, state, frozen_params, mesh, watchdog)
             log.metrics({"step": step, "val_loss": loss})
             val_losses[step] = loss
 
@@ -233,78 +257,121 @@ def run(config: Config, peers: Peers = ALONE) -> int:
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                data | {"rows": row_counts, "val_losses": val_losses},
+                data | {"guard": guard.saved(state.guard), "rows": row_counts, "val_losses": val_losses},
                 Meta(step, config, contents, base, tokenizer, bool(averaged)),
                 state.ema,
             )
 
-        # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and start not in val_losses:
-            validate_now(start)
+        def save_if_possible() -> str:
+            """When the run must end between two steps: nothing that is done gets lost. Returns what it did."""
+            if jax.process_count() > 1 or int(state.step) != done:
+                return f"not possible now; the last checkpoint is that of step {saved}"
+            if done > saved and guard.look(saved) is None:
+                save_now(done)
+                checkpoints.wait()
+            return f"all is saved up to step {done}"
 
-        # --- the loop
-        for step in range(start + 1, config.train.steps + 1):
-            if step == start + 1 and (signal := peers.any(stop.signal)) is not None:
-                log.say(f"stopped by signal {signal} before step {step}; the same command continues")
-                return 128 + signal
-            trace.before(step, state)
-            batch = meter.next(stream)
-            count_bad_rows(batch, bad_rows, log, step)
-            length = batch.arrays["tokens"].shape[1]
-            compiles = length not in compiled
-            if compiles and len(batch_lengths(config)) > 1:
-                log.say(f"step {step}: the first batch of {length} tokens; compiling")
-            compiled.add(length)
-            timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
-            with (
-                nullcontext() if timed else meter.paused(state),
-                jax.profiler.StepTraceAnnotation("train", step_num=step),
-            ):
-                state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
-                if compiles:
-                    jax.block_until_ready(metrics)
-            samples = batch.consumed
-            if timed:
-                meter.count(batch)
-            elif step == start + 1:
-                meter = Meter()  # nor does the wait for the first batch
-            log.advance()
+        def roll_back(to: Rollback) -> int:
+            """Takes the newest checkpoint, and the rows after the bad ones; returns its step."""
+            nonlocal state, samples, stream, meter
+            checkpoints.wait()
+            step = peers.after_first(lambda: newest_step(checkpoints.directory))
+            if step is None:
+                raise RunError(f"no checkpoint to go back to from step {to.step}; a smaller checkpoint.every makes one")
+            state = None  # never two of them
+            params, moments, progress = checkpoints.restore(step, abstract_trained, abstract_moments)
+            has_average = read_meta(checkpoints.directory / str(step)).ema
+            state, samples = state_of(step, params, moments, progress, has_average), to.samples
+            for at in [at for at in val_losses if at > step]:
+                del val_losses[at]
+            guard.skipped = int(state.guard.skipped)
+            stream, meter = stream_after(step), Meter()
+            log.rewind(step)
+            log.say(f"back to step {step}; its next rows are those after step {to.step}")
+            return step
+
+        watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
+        with watch as watchdog:
+            # The run may have been killed between saving and validating.
+            if start > 0 and validation_due(start) and start not in val_losses:
+                validate_now(start)
+            if stop.agreed(peers):
+                log.say(f"stopped by {stop.name} before step {start + 1}; the same command continues")
+                return stop.status
+
+            # --- the loop
+            step = start
+            while step < config.train.steps:
+                step += 1
+                trace.before(step, state)
+                watchdog.alive(f"step {step} waits for its batch")
+                try:
+                    batch = meter.next(stream)
+                    count_bad_rows(batch, bad_rows, log, step)
+                except (UserError, WorkerError):
+                    log.say(save_if_possible())
+                    raise
+                rows_of_batch = partial(map, train_rows.describe, batch.refs)
+                watchdog.goes_on(f"step {step} is computed", rows_of_batch)
+                length = batch.arrays["tokens"].shape[1]
+                compiles = length not in compiled
+                if compiles and len(batch_lengths(config)) > 1:
+                    log.say(f"step {step}: the first batch of {length} tokens; compiling")
+                compiled.add(length)
+                timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
+                with (
+                    nullcontext() if timed else meter.paused(state),
+                    jax.profiler.StepTraceAnnotation("train", step_num=step),
+                ):
+                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+                    if compiles:
+                        jax.block_until_ready(metrics)
+                guard.add(step, batch, metrics)
+                samples, done = batch.consumed, step
+                if timed:
+                    meter.count(batch)
+                elif step == start + 1:
+                    meter = Meter()  # nor does the wait for the first batch
+                log.advance()
+                for line in checkpoints.news():
+                    log.say(line)
+                if lock is not None and lock.lost is not None:
+                    raise RunError(f"{lock.lost}; stopped after step {step}")
+                # Asked once: what is saved and what is said must agree. A signal that comes later stops the next step.
+                stopping, final = stop.reached(step, peers), step == config.train.steps
+                last = final or stopping
+                saving, logging = last or save_times.due(step), last or step % config.log.every == 0
+                if saving or logging or guard.full:
+                    if (rollback := guard.look(saved)) is not None:
+                        watchdog.alive("rolling back")
+                        step = saved = done = roll_back(rollback)
+                        continue
+                    # Parameters that bad steps follow may be the reason: a rollback must not find them.
+                    saving = saving and (last or guard.in_row == 0)
+                if logging:
+                    numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
+                    epoch = samples / train_rows.epoch_size
+                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch, **guard.counts()})
+                    meter = Meter()
+                if saving and not final:
+                    watchdog.alive(f"step {step} is saved")
+                    with meter.paused(state):
+                        save_now(step)
+                        saved = step
+                if stopping and not final:
+                    break
+                if validation_due(step):
+                    with meter.paused(state):
+                        validate_now(step)
+                if final:
+                    watchdog.alive(f"step {step} is saved")
+                    save_now(step)  # last of all: a run that has its last step is complete
+            checkpoints.wait()
             for line in checkpoints.news():
                 log.say(line)
-            # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
-            signal = peers.any(stop.signal)
-            stopping = signal is not None
-            final = step == config.train.steps
-            last = final or stopping
-            saving = last or save_times.due(step)
-            if saving or step % config.log.every == 0:
-                numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
-                if not all(map(math.isfinite, numbers.values())):
-                    raise FloatingPointError(
-                        f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}; nothing is saved "
-                        f"after step {saved}, from which the same command would continue"
-                    )
-                if last or step % config.log.every == 0:
-                    epoch = samples / train_rows.epoch_size
-                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch})
-                    meter = Meter()
-            if saving and not final:
-                with meter.paused(state):
-                    save_now(step)
-                    saved = step
-            if stopping and not final:
-                break
-            if validation_due(step):
-                with meter.paused(state):
-                    validate_now(step)
-            if final:
-                save_now(step)  # last of all: a run that has its last step is complete
-        checkpoints.wait()
-        for line in checkpoints.news():
-            log.say(line)
         if step < config.train.steps:
-            log.say(f"stopped by signal {signal} after step {step}, saved; the same command continues")
-            return 128 + signal
+            log.say(f"stopped by {stop.name} after step {step}, saved; the same command continues")
+            return stop.status
         if bad_rows.counts:
             log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")

@@ -31,7 +31,7 @@ from neva_jax import train
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.pipeline import SampleMaker
 from neva_jax.data.sources import Sources
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import RunError, UserError, exit_with
 from neva_jax.models.neva import abstract_model
 from neva_jax.training.checkpoint import locate
 from neva_jax.training.metrics import RunLog
@@ -232,7 +232,7 @@ def test_val_loss_is_the_mean_over_the_tokens_of_each_row_once(whole, tokenizer)
     config = load_config(whole / "config.yaml")
     make = SampleMaker(Sources(config.data, "val", 0, shuffle=False), config, tokenizer)
     rows = [make(index) for index in range(5)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "bad_rows"}
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ("bad_rows", "refs")}
     graphdef, _ = abstract_model(config.model, config.precision)
 
     @jax.jit
@@ -794,7 +794,7 @@ def test_a_skipped_row_is_replaced_by_the_next_and_told_once(damaged, start, tmp
     skip = [damaged.train, "data.on_bad_row=skip", "data.max_bad_fraction=0.04"]  # one of 25
     assert start(run, *skip) == 0
     saved = json.loads((run / "checkpoints" / "4" / "data" / "metadata").read_text())
-    assert saved == {"samples": 4 * BATCH, "plan": None, "rows": [25], "val_losses": {}}
+    assert (saved["samples"], saved["plan"], saved["rows"]) == (4 * BATCH, None, [25])
     listed = (run / "bad_rows.jsonl").read_text()
     assert start(run, *skip, *of_steps(6)) == 0
     assert [line for line in said(run) if line.startswith("skipped")] == [f"skipped {damaged.message}"]
@@ -827,28 +827,24 @@ def test_a_bad_row_stops_the_run_which_goes_on_when_it_is_mended(damaged, start,
 EXPLODE = ["optimizer.lr=1e30", "optimizer.min_lr=1e30", "optimizer.clip_norm=null"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(start, base, tmp_path):
+def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_checkpoint(start, base, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(base, run)
     before = contents(run / "checkpoints")
-    with pytest.raises(FloatingPointError, match=r"^step 6: loss (nan|inf), .* nothing is saved after step 4, "):
-        start(run, *of_steps(10), *EXPLODE)
+    with pytest.raises(
+        RunError, match=r"^5 bad steps in a row, the last is step 10 .* nothing is saved after step 4, "
+    ):
+        start(run, *of_steps(12), *EXPLODE)
     assert contents(run / "checkpoints") == before
     assert all(math.isfinite(loss) for loss in losses(run).values())
     assert start(run, *of_steps(5)) == 0
     assert max(losses(run)) == 5
 
 
-def test_the_error_names_the_newest_checkpoint(start, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"^step 2: loss (nan|inf), .* nothing is saved after step 1, "):
-        start(tmp_path / "run", "checkpoint.every=1", *EXPLODE)
-    assert checkpoints(tmp_path / "run") == [1]
-
-
 def test_no_checkpoint_holds_parameters_that_are_no_numbers(start, base, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(base, run)
-    with pytest.raises(FloatingPointError):
-        start(run, *of_steps(10), *EXPLODE, "log.every=10", "checkpoint.every=1")
+    with pytest.raises(RunError, match="nothing is saved after step 5"):
+        start(run, *of_steps(12), *EXPLODE, "log.every=10", "checkpoint.every=1")
     for step in checkpoints(run):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state(run, step)["params"])), step

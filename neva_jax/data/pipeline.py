@@ -49,6 +49,7 @@ class Batch:
     complete: whether all rows are there; where not, there may be no arrays.
     consumed: samples of the run up to the end of this batch, which is where the next one begins.
     samples, tokens: in it: rows, or the segments of packed rows; and positions that are no padding.
+    refs: the rows of the sources that it was made from.
     """
 
     arrays: dict[str, np.ndarray]
@@ -58,6 +59,7 @@ class Batch:
     complete: bool = True
     samples: int = 0
     tokens: int = 0
+    refs: list[RowRef] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class SampleMaker:
         self.samples = Samples(sources, config, tokenizer)
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The arrays of one row (without B), plus `bad_rows` and `consumed`; arrays are missing if none could be made.
+        """The arrays of one row (without B), which are missing if none could be made; `bad_rows`, `refs`, `consumed`.
 
         A place of the order that gives no sample is replaced by the next place that gives some.
         """
@@ -112,6 +114,7 @@ class SampleMaker:
         consumed, places = self._places(index)
         bad: list[BadRowReport] = []
         arrays: dict[str, np.ndarray] = {}
+        made: list[Sample] = []
         for place in itertools.islice(places, ATTEMPTS):
             made = self._make_all(place, bad)
             if made:
@@ -120,7 +123,7 @@ class SampleMaker:
                 break
         if self.board is not None:
             self.board.say(_line(), -1)
-        return {**arrays, "bad_rows": bad, "consumed": consumed}
+        return {**arrays, "bad_rows": bad, "refs": [sample.ref for sample in made], "consumed": consumed}
 
     def make(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One source row alone in its training row; raises BadRow."""
@@ -290,10 +293,11 @@ def _row_number(first: int, size: int, rows: np.ndarray, index: int) -> int:
 
 @dataclass
 class _Part:
-    """A process's part of a batch; reports by the number of the row in the batch, `longest` in tokens."""
+    """A process's part of a batch; reports and refs by the number of the row in the batch, `longest` in tokens."""
 
     arrays: dict[str, np.ndarray]
     reports: list[tuple[int, BadRowReport]]
+    refs: list[tuple[int, RowRef]]
     consumed: int
     longest: int
     samples: int
@@ -303,19 +307,21 @@ class _Part:
         """What the other processes need to know."""
         reports = [(row, dataclasses.asdict(report)) for row, report in self.reports]
         numbers = {name: getattr(self, name) for name in ("consumed", "longest", "samples", "tokens")}
-        return {"complete": bool(self.arrays), "reports": reports, **numbers}
+        refs = [(row, *dataclasses.astuple(ref)) for row, ref in self.refs]
+        return {"complete": bool(self.arrays), "reports": reports, "refs": refs, **numbers}
 
 
 def _collate(rows: np.ndarray, told: np.ndarray, samples: list[dict[str, Any]]) -> _Part:
     spoken_for = [(row, sample) for row, sample, own in zip(rows.tolist(), samples, told, strict=True) if own]
     reports = [(row, report) for row, sample in spoken_for for report in sample["bad_rows"]]
+    refs = [(row, ref) for row, sample in spoken_for for ref in sample["refs"]]
     consumed = samples[-1]["consumed"]
     if not all("tokens" in sample for sample in samples):
-        return _Part({}, reports, consumed, 0, 0, 0)
+        return _Part({}, reports, refs, consumed, 0, 0, 0)
     arrays = {name: np.stack([sample[name] for sample in samples]) for name in ARRAYS}
     segments = arrays["segment_ids"]
     longest, own = int((segments > 0).sum(axis=1).max()), segments[told]
-    return _Part(arrays, reports, consumed, longest, int(own.max(axis=1).sum()), int((own > 0).sum()))
+    return _Part(arrays, reports, refs, consumed, longest, int(own.max(axis=1).sum()), int((own > 0).sum()))
 
 
 class _Agreed(Watched):
@@ -333,6 +339,7 @@ class _Agreed(Watched):
         length = next(length for length in self.lengths if length >= longest)
         arrays = {name: array if name == "images" else array[:, :length] for name, array in part.arrays.items()}
         reports = sorted((row, at, one) for note in notes for at, (row, one) in enumerate(note["reports"]))
+        refs = sorted((row, at, ref) for note in notes for at, (row, *ref) in enumerate(note["refs"]))
         return Batch(
             arrays,
             [BadRowReport(**{**one, "ref": RowRef(**one["ref"])}) for _, _, one in reports],
@@ -341,6 +348,7 @@ class _Agreed(Watched):
             all(note["complete"] for note in notes),
             sum(note["samples"] for note in notes),
             sum(note["tokens"] for note in notes),
+            [RowRef(*ref) for _, _, ref in refs],
         )
 
 
@@ -350,7 +358,7 @@ def _become_worker(board: Board, transport: Transport, index: int, count: int) -
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
     the main process waiting for its batch.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
     transport.enter(index)

@@ -1,5 +1,6 @@
 """Validation while a run trains."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.parallel.mesh import place_batch
 from neva_jax.training.metrics import RunLog, SilentLog, count_bad_rows
 from neva_jax.training.step import TrainState
+from neva_jax.training.watchdog import Watchdog
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Validation:
         # Threads: starting worker processes would take longer than a short validation.
         self.threaded = replace(self.config, data=replace(self.config.data, workers=0))
 
-    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any) -> float:
+    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any, watchdog: Watchdog) -> float:
         """The loss after `step`."""
         size = self.config.train.global_batch
         there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
@@ -43,10 +45,11 @@ class Validation:
         total, weights = 0.0, 0.0
         stream = batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans, self.share)
         for i, batch in enumerate(stream):
+            watchdog.alive(f"validation after step {step}, batch {i + 1}")
             count_bad_rows(batch, self.bad_rows, self.log, step)
             surplus = i * size + batch.rows >= wanted  # the last batch was filled up with further rows
             batch.arrays["loss_weights"][surplus] = 0
             arrays = place_batch(mesh, batch.arrays, self.accumulate)
             nll, weight = self.eval_step(state.ema or state.trained, frozen, arrays)  # NeMo swaps the average in too
             total, weights = total + float(nll), weights + float(weight)
-        return total / weights
+        return total / weights if weights else math.nan

@@ -39,7 +39,7 @@ def weights(seed):
 def test_the_average_is_that_of_a_loop(decay, every, train_step):
     optimizer, run = train_step(decay, every)
     trained = jax.tree.map(jnp.asarray, weights(0))
-    state = TrainState(jnp.int32(0), trained, optimizer.init(trained), ema.start(trained, decay))
+    state = TrainState(jnp.int32(0), trained, optimizer.init(trained), ema=ema.start(trained, decay))
     expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), weights(0))
     values = weights(0)
     for n in range(1, 11):
