@@ -116,7 +116,7 @@ class RunLog:
         with suppress(OSError):
             self._bar.close()
         if self._rows:
-            self._plot()
+            self._plot(last=True)
         self._plot_sink.close(CLOSE_SECONDS)
         if self._tensorboard is not None:
             writer, sink = self._tensorboard
@@ -209,10 +209,11 @@ class RunLog:
             + f" ETA {left:.0f}s"
         )
 
-    def _plot(self) -> None:
+    def _plot(self, last: bool = False) -> None:
+        """In its thread; what comes while one is drawn is left out, but for the last."""
         from neva_jax.training.plot import plot_losses
 
-        if self._plot_sink.idle:
+        if last or self._plot_sink.idle:
             self._plot_sink.do(partial(plot_losses, list(self._rows), self.run_dir / "plots" / "loss.png"), wait=False)
         self._plotted = time.monotonic()
 

@@ -18,7 +18,7 @@ def train_step(monkeypatch):
     """Steps whose gradients are the batch: the average is all that is compared."""
 
     def gradients(graphdef, trained, frozen, batch, *_):
-        return jnp.float32(0), batch
+        return jnp.float32(0), {name: tree for name, tree in batch.items() if name != "loss_weights"}
 
     monkeypatch.setattr(step, "gradients", gradients)
 
@@ -28,6 +28,10 @@ def train_step(monkeypatch):
         return optimizer, made
 
     return make
+
+
+def batch(seed):
+    return jax.tree.map(jnp.asarray, {**weights(seed), "loss_weights": np.ones((1, 2, 3), np.float32)})
 
 
 def weights(seed):
@@ -43,7 +47,7 @@ def test_the_average_is_that_of_a_loop(decay, every, train_step):
     expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), weights(0))
     values = weights(0)
     for n in range(1, 11):
-        state, _ = run(state, {}, jax.tree.map(jnp.asarray, weights(n)))
+        state, _ = run(state, {}, batch(n))
         values = jax.tree.map(lambda p, g: p - np.float32(0.1) * g, values, weights(n))
         if n % every == 0:
             expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, expected, values)
@@ -54,9 +58,7 @@ def test_the_average_is_that_of_a_loop(decay, every, train_step):
 def test_without_a_decay_there_is_no_average(train_step):
     optimizer, run = train_step(None, 1)
     trained = jax.tree.map(jnp.asarray, weights(0))
-    state, _ = run(
-        TrainState(jnp.int32(0), trained, optimizer.init(trained)), {}, jax.tree.map(jnp.asarray, weights(1))
-    )
+    state, _ = run(TrainState(jnp.int32(0), trained, optimizer.init(trained)), {}, batch(1))
     assert state.ema == {} == ema.start(trained, None)
 
 
