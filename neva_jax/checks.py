@@ -29,6 +29,7 @@ def check(config: Config) -> None:
         if not lookup(config, name):
             raise UserError(f"{name} is not set; give it in --config or as {name}=…")
     check_numbers(config)
+    _check_start(config)
     _check_files(config)
 
 
@@ -129,25 +130,27 @@ _AT_LEAST_ONE = """
     precision.fp8.amax_history
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
     data.max_length data.images_per_row data.segments_per_row model.vision.position_image_size model.llm.sliding_window
-    model.llm.rope_original_length
-    checkpoint.every checkpoint.keep eval.every eval.batches log.every profile.start_step profile.steps
+    model.llm.rope_original_length guard.peer_timeout
+    optimizer.ema_every checkpoint.every checkpoint.keep checkpoint.keep_every
+    eval.every eval.batches log.every profile.start_step profile.steps
     model.vision.image_size model.vision.patch_size model.vision.hidden_size model.vision.intermediate_size
     model.vision.num_layers model.vision.num_heads model.llm.vocab_size model.llm.vocab_multiple model.llm.hidden_size
     model.llm.intermediate_size model.llm.num_layers model.llm.num_heads model.llm.num_kv_heads model.llm.head_dim
 """
 _NOT_NEGATIVE = """
     precision.fp8.margin precision.fp8.first_layers_bf16 precision.fp8.last_layers_bf16
-    run.seed data.workers data.video_frames data.max_bad_fraction
+    run.seed data.workers data.video_frames data.max_bad_fraction checkpoint.keep_best
     optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps optimizer.weight_decay
 """
 _ABOVE_ZERO = """
-    data.worker_timeout
+    data.worker_timeout checkpoint.every_minutes
     optimizer.eps optimizer.clip_norm model.vision.norm_eps model.vision.position_init_std model.llm.norm_eps
     model.llm.init_std model.llm.rope_base model.llm.rope_fraction model.llm.rope_factor model.llm.rope_low_freq_factor
     model.llm.rope_high_freq_factor
 """
 _BELOW_ONE = """
-    optimizer.beta1 optimizer.beta2 model.llm.hidden_dropout model.llm.attention_dropout model.llm.ffn_dropout
+    optimizer.beta1 optimizer.beta2 optimizer.ema_decay
+    model.llm.hidden_dropout model.llm.attention_dropout model.llm.ffn_dropout
 """
 
 
@@ -174,7 +177,7 @@ def check_ranges(config: Config) -> None:
         if (value := lookup(config, name)) is not None and not value > 0:
             raise UserError(f"{name}={value} must be above 0")
     for name in _BELOW_ONE.split():
-        if not 0 <= lookup(config, name) < 1:
+        if (value := lookup(config, name)) is not None and not 0 <= value < 1:
             raise UserError(f"{name}={lookup(config, name)} must be in 0 … 1, 1 excluded")
     for split in ("train", "val"):
         for i, source in enumerate(getattr(config.data, split)):
@@ -406,6 +409,20 @@ def _check_split(data: DataConfig) -> None:
             f"data.val_fraction={data.val_fraction} holds out training rows, but data.val has {len(data.val)} sources "
             "of its own; use one of them"
         )
+
+
+def _check_start(config: Config) -> None:
+    """Keys that say what a run starts from, or goes on from."""
+    model = config.model
+    if unknown := [name for name in model.init_parts if name not in COMPONENTS]:
+        raise UserError(f"model.init_parts={model.init_parts}: {unknown[0]} is none of {', '.join(COMPONENTS)}")
+    for name in ("init_ema", "init_partial"):
+        if getattr(model, name) and model.init_from is None:
+            raise UserError(f"model.{name}=true has no effect without model.init_from; name a checkpoint")
+    known = {name for name, _ in walk()}
+    for name in config.run.allow_changed:
+        if name not in known:
+            raise UserError(f"run.allow_changed (--allow-changed) names {name}, which is no key; docs/configuration.md")
 
 
 def _check_files(config: Config) -> None:

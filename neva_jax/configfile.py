@@ -25,10 +25,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
       UserError: no such file, no YAML, an unknown key (the nearest one is named), or a value of the wrong type.
     """
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(merged, False)
-    if path is not None:
-        merged = _merge(merged, _read_yaml(path), str(path))
+    layers = [] if path is None else [(_read_yaml(path), str(path))]
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -37,15 +34,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             parsed = yaml.load(value, _Loader)
         except YAML_ERRORS as error:
             raise UserError(f"override {text!r}: the value is no YAML ({_first_line(error)})") from None
-        merged = _merge(merged, _nest(name, parsed), f"override {name}")
-    return _to_config(merged)
+        layers.append((_nest(name, parsed), f"override {name}"))
+    return _merged(layers)
 
 
 def config_from_dict(values: dict) -> Config:
     """The inverse of `to_dict`; used for the copy of the configuration inside a checkpoint."""
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(merged, False)
-    return _to_config(_merge(merged, values, "configuration of the checkpoint"))
+    # Not a path by then, but a whole template, which may hold anything: OmegaConf never sees it.
+    data = dict(values.get("data", {}))
+    template = data.pop("chat_template", None)
+    config = _merged([(values | {"data": data}, "configuration of the checkpoint")])
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_template=template))
 
 
 def to_dict(config: Any) -> dict:
@@ -55,7 +54,7 @@ def to_dict(config: Any) -> dict:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str | Path) -> dict:
@@ -110,21 +109,43 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader`, or a reader of YAML 1.1, would take for something else than text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own way)
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
+        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Every value is written where it stands."""
+        return True
+
+
 def _nest(name: str, value: Any) -> dict:
     for part in reversed(name.split(".")):
         value = {part: value}
     return value
 
 
-def _merge(merged: Any, values: dict, origin: str) -> Any:
-    _check_keys(values, Config, "", origin)
-    with _named(origin):
-        return OmegaConf.merge(merged, values)
-
-
-def _to_config(merged: Any) -> Config:
+def _merged(layers: Sequence[tuple[dict, str]]) -> Config:
+    """The schema's defaults under (values, where they come from), the later ones on top."""
+    merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged, False)
+    for values, origin in layers:
+        _check_keys(values, Config, "", origin)
+    try:
+        merged = OmegaConf.merge(merged, *(values for values, _ in layers))
+    except _MERGE_ERRORS:
+        # Again in single steps, which takes longer but tells where the fault is.
+        for values, origin in layers:
+            with _named(origin):
+                merged = OmegaConf.merge(merged, values)
     with _named("configuration"):
         return OmegaConf.to_object(merged)
+
+
+_MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError)
 
 
 @contextmanager
@@ -132,7 +153,7 @@ def _named(origin: str, prefix: str = "") -> Iterator[None]:
     """Turns OmegaConf's errors into one line that names where the value came from and its key."""
     try:
         yield
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except _MERGE_ERRORS as error:
         name = getattr(error, "full_key", None)
         raise UserError(f"{origin}: {f'{prefix}{name}: ' if name else ''}{_first_line(error)}") from None
 
@@ -154,6 +175,7 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
             raise UserError(f"{origin}: unknown key {wrong}; did you mean {near[0]}?")
         if isinstance(value, str) and value == "???":
             raise UserError(f"{origin}: {prefix}{name}: ??? stands for a value that is still missing; give one")
+        _check_plain(value, f"{origin}: {prefix}{name}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             _check_keys(value, kind, f"{prefix}{name}.", origin)
@@ -164,6 +186,14 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
                 _check_keys(source, SourceConfig, f"{prefix}{name}[{i}].", origin)
                 with _named(origin, f"{prefix}{name}[{i}]."):
                     OmegaConf.merge(OmegaConf.structured(SourceConfig(), flags={"readonly": False}), source)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raises UserError for `${…}`, which OmegaConf would replace: by a secret of the environment, say."""
+    if isinstance(value, str) and "${" in value:
+        raise UserError(f"{where}={value}: ${{…}} is not replaced in a configuration; write the value itself")
+    for item in value if isinstance(value, list) else []:
+        _check_plain(item, where)
 
 
 def _first_key(value: Any) -> str:

@@ -47,6 +47,7 @@ def _to_hf_flags(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="a run, or one of its steps")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder for from_pretrained")
     add("--text-only", action="store_true", help="the language model alone")
+    add("--ema", action="store_true", help="the averaged weights (optimizer.ema_decay) of the checkpoint")
     add("--dtype", choices=("keep", "bf16", "fp32"), default="keep", help="dtype of the weights (default: keep)")
     add("--shard-gib", type=float, default=4.0, metavar="X", help="largest size of a file (default: 4)")
     add("--max-length", type=int, metavar="N", help="max_position_embeddings; default: data.max_length")

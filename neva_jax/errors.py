@@ -7,11 +7,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad usage, configuration or data: one line that says which key, file, row or field, and what to do."""
+
+
+class RunError(Exception):
+    """A run that had to stop: why, in one line, and what to do. What it had saved is there."""
 
 
 class WorkerError(Exception):
@@ -26,24 +31,28 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit status of a command that an error has ended, and what is to be said: one line, or a traceback."""
+    if isinstance(error, UserError | WorkerError | RunError):
+        return (2 if isinstance(error, UserError) else 1), f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process with the exit status that DESIGN fixes.
 
-    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError`, printed as one line; 128 + signal after a stop that
-    was saved (`main` returns it); anything else is a traceback and 1.
+    0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError` or `RunError`, printed as one line; 128 + signal
+    after a stop that was saved (`main` returns it); anything else is a traceback and 1.
     """
     waits = False  # whether this process would never end by itself
     try:
         status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except WorkerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status, waits = 1, True  # for a thread that hangs
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
+    except (UserError, WorkerError, RunError, KeyboardInterrupt) as error:
+        status, message = ending(error)
+        print(message, file=sys.stderr)
+        waits = isinstance(error, WorkerError)  # for a thread that hangs
     except BrokenPipeError:
         # The reader of our output went away (`… | head`): point stdout elsewhere so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,9 +65,15 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     children = multiprocessing.active_children()
     if children or waits:
         # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
-        for child in children:
-            child.kill()
+        leave_at_once(status or 0)
+    sys.exit(status)
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Ends this process and its children now, from any thread."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+    os._exit(status)

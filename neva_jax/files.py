@@ -43,3 +43,8 @@ def check_output(flag: str, path: str | Path, source: str | Path | None = None) 
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def readable(size: int) -> str:
+    """A number of bytes in GiB, or in MiB below one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,11 +1,9 @@
 """python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
 
-import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,36 @@ import numpy as np
 from absl import logging as absl_logging
 
 from neva_jax.checks import check, check_mesh, check_ranges
-from neva_jax.config import COMPONENTS, Config
+from neva_jax.compile_cache import use_compile_cache
+from neva_jax.config import COMPONENTS, Config, ProfileConfig
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
-from neva_jax.data.pipeline import Batch, batch_lengths, batches, plan_rows
-from neva_jax.data.plans import Plans
+from neva_jax.data.pipeline import Share, batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.watch import Watched
 from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
-from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.errors import CommandParser, RunError, UserError, WorkerError, exit_with
 from neva_jax.models import attention
-from neva_jax.parallel.mesh import make_mesh, place_batch
+from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
+from neva_jax.parallel.peers import ALONE, Peers
+from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
 from neva_jax.precision import fp8
 from neva_jax.precision.policy import compute_dtype
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components
-from neva_jax.training.guard import StopRequest
-from neva_jax.training.metrics import RunLog, check_loggers
+from neva_jax.training import ema
+from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
+from neva_jax.training.disk import probe
+from neva_jax.training.guard import Guard, Rollback, guard_state
+from neva_jax.training.meter import Meter
+from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from neva_jax.training.profiling import Trace
-from neva_jax.training.resume import changes, resumed_fp8_state, resumed_meta
+from neva_jax.training.resume import changes, resumed_fp8_state, resumed_meta, resumed_samples, tidied
+from neva_jax.training.retention import SaveTimes
+from neva_jax.training.run_lock import RunLock
 from neva_jax.training.setup import (
     abstract_optimizer,
     abstract_parameters,
@@ -45,9 +52,14 @@ from neva_jax.training.setup import (
     place_updates,
     saved_components,
     starting_weights,
+    verify_sources,
     with_vocabulary,
 )
+from neva_jax.training.signals import StopRequest
 from neva_jax.training.step import TrainState, make_eval_step, make_train_step
+from neva_jax.training.validation import Validation
+from neva_jax.training.watchdog import Watchdog
+from neva_jax.training.weights import load_components
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,24 +67,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="python -m neva_jax.train", description="Train a vision-language model.")
     parser.add_argument("--config", metavar="FILE", help="YAML file; docs/configuration.md lists every key")
     parser.add_argument("--mesh-shape", metavar="SHAPE", help="sizes of the mesh axes, as data=2,tensor=4")
+    parser.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, continue from the newest good one",
+    )
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        metavar="KEY",
+        default=[],
+        help="continue although this key differs from the run's; may be given several times",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file")
+    add_process_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
     mesh_override = [f"mesh.shape={options.mesh_shape}"] if options.mesh_shape is not None else []
-    config = load_config(options.config, [*options.overrides, *mesh_override])
+    flags = ["run.allow_fallback=true"] if options.allow_fallback else []
+    if options.allow_changed:
+        flags.append(f"run.allow_changed=[{', '.join(options.allow_changed)}]")
+    overrides = [*options.overrides, *mesh_override, *flags]
     if options.print_config:
+        config = load_config(options.config, overrides)
         check_ranges(config)
         print(to_yaml(config) + derived_comment(config), end="")
         return 0
-    check(config)
-    return run(config)
+    with connected(options) as peers:
+        config = load_config(options.config, overrides)
+        check(config)
+        try:
+            with RunLock(config.run.dir) if peers.first else nullcontext() as lock:
+                return run(config, lock, peers)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(config, error) from None
 
 
-def run(config: Config) -> int:
-    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status.
+def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
+    """Trains until `train.steps`, or until a signal asks to stop; returns the exit status. `lock`: of `run.dir`.
+
+    Several processes (`peers`) run this alike, and each reads its rows of a batch; the first alone writes and prints.
 
     Raises:
       UserError: configuration, data or checkpoint cannot be used.
+      RunError, WorkerError: the run had to stop.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax and Grain narrate every save otherwise
 
@@ -80,9 +120,12 @@ def run(config: Config) -> int:
     tokenizer = Tokenizer.from_file(config.model.tokenizer)
     config = with_chat_template(with_vocabulary(config, tokenizer))
     conversation_encoder(config.data, tokenizer)  # for its errors
-    train_rows = Sources(config.data, "train", config.run.seed, shuffle=True)
+    same_configuration(peers, config)
+    train_rows = peers.after_first(lambda: Sources(config.data, "train", config.run.seed, shuffle=True))
     validates = config.data.val or config.data.val_fraction
-    val_rows = Sources(config.data, "val", config.run.seed, shuffle=False) if validates else None
+    open_val = partial(Sources, config.data, "val", config.run.seed, shuffle=False)
+    val_rows = peers.after_first(open_val) if validates else None
+    use_compile_cache(config.run.compile_cache)
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
     mesh = make_mesh(sizes)
@@ -94,8 +137,11 @@ def run(config: Config) -> int:
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
-    resumed = resumed_meta(config, tokenizer, run_dir)
+    said = peers.after_first(lambda: tidied(run_dir) if peers.first else [])
+    row_counts = [train_rows.rows_in(i) for i in range(len(train_rows.files))]
+    resumed = peers.after_first(lambda: resumed_meta(config, tokenizer, run_dir, row_counts, said.append))
     start = 0 if resumed is None else resumed.step
+    peers.agree(start, f"the newest checkpoint of run.dir={run_dir}, which must be a folder that all processes share")
     if resumed is None:
         contents, base = saved_components(config)
         sources = starting_weights(config)
@@ -108,21 +154,31 @@ def run(config: Config) -> int:
         graphdef, abstract = abstract_parameters(config, mesh, quantize_frozen)
     check_loggers(config.log)
     if start >= config.train.steps:
-        print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
+        if peers.first:
+            print(f"{run_dir}: complete, step {start} of train.steps={config.train.steps}", file=sys.stderr)
         return 0
-    if resumed is None:
+    averaged = abstract_trained if config.optimizer.ema_decay is not None else {}
+    step_dir = run_dir / "checkpoints" / str(start)  # it is verified already
+    others = {name: path for name, path in sources.items() if path != step_dir}
+    if peers.first:
+        probe(run_dir, ({name: abstract[name] for name in contents}, abstract_moments, averaged))
+        verify_sources(others, config.checkpoint.verify, said.append)
+    if resumed is None and peers.first:
         _write_config(run_dir, config)
     # Measuring may take minutes, and a signal ends it at once: nothing is there yet to be saved.
-    said: list[str] = []
-    plans = plan_rows(train_rows, config, tokenizer, said.append, "training")
-    val_plans = None if val_rows is None else plan_rows(val_rows, config, tokenizer, said.append, "validation")
+    plan = partial(plan_rows, config=config, tokenizer=tokenizer, say=said.append)
+    plans = peers.after_first(lambda: plan(train_rows, name="training"))
+    val_plans = None if val_rows is None else peers.after_first(lambda: plan(val_rows, name="validation"))
+    share = Share(*own_rows(mesh, config.train.global_batch, accumulate), peers)
+    seen = [None if one is None else [one.sources.epoch_size, one.digest] for one in (plans, val_plans)]
+    peers.agree([train_rows.epoch_size, *seen], "samples of an epoch and plans of their rows (data.train, data.val)")
 
     with (
         StopRequest() as stop,
-        Checkpoints(run_dir, config.checkpoint.keep) as checkpoints,
+        Checkpoints.of(config) as checkpoints,
         jax.set_mesh(mesh),
-        RunLog(config.log, run_dir, start, config.train.steps, config) as log,
-        Trace(config.profile, run_dir) as trace,
+        RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
+        Trace(config.profile if peers.first else ProfileConfig(), run_dir, log.say) as trace,
     ):
         # --- state: resumed, or fresh
         if resumed is None:
@@ -138,12 +194,26 @@ def run(config: Config) -> int:
             log.say(f"resumed from step {start}")
             for name, (before, now) in changes(resumed.config, config).items():
                 log.say(f"changed since then: {name}={now}, was {before}")
-        fp8_state = initial_fp8_state(config, mesh)
-        if fp8_state and resumed is not None:
-            fp8_state = resumed_fp8_state(checkpoints, start, resumed.config, config, fp8_state, log.say)
-        state = TrainState(jax.numpy.int32(start), {name: params[name] for name in trained}, moments, fp8_state)
+
+        def state_of(params: dict, moments: Any, progress: dict[str, Any], saved: Meta | None) -> TrainState:
+            """The state after the step that `saved` is of; None: of a fresh run."""
+            step = 0 if saved is None else saved.step
+            counted = guard_state(config.guard, progress.get("guard"))
+            numbers = jax.device_put((np.int32(step), counted), replicated(mesh))
+            trained_params = {name: params[name] for name in trained}
+            if averaged and saved is not None and saved.ema:
+                saved_in = run_dir / "checkpoints" / str(step)
+                average = load_components(averaged, dict.fromkeys(trained, saved_in), averaged=saved_in)
+            else:
+                average = ema.start(trained_params, config.optimizer.ema_decay)
+            fp8_state = initial_fp8_state(config, mesh)
+            if fp8_state and saved is not None:
+                fp8_state = resumed_fp8_state(checkpoints, step, saved.config, config, fp8_state, log.say)
+            return TrainState(numbers[0], trained_params, moments, numbers[1], average, fp8_state)
+
+        state = state_of(params, moments, progress, resumed)
         frozen_params = {name: params[name] for name in frozen}
-        del params
+        del params, moments
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
         log.say(attention.describe(config.model, compute_dtype(config.precision), config.data.pack, mesh.size))
         if config.precision.compute.startswith("fp8"):
@@ -152,110 +222,176 @@ def run(config: Config) -> int:
         # --- the rows, and the programs that they feed
         for line in said:
             log.say(line)
-        samples = _resumed_samples(progress, plans, train_rows)
-        if resumed is not None:
+        samples = resumed_samples(progress, plans, train_rows)
+        if resumed is not None and peers.first:
             _write_config(run_dir, config)  # not before it may go on
-        left = (config.train.steps - start) * config.train.global_batch
-        stream = batches(train_rows, config, tokenizer, samples, left, plans)
-        bad_rows = BadRowCount(train_rows, config.data, "train", log.bad_rows)
+
+        def stream_after(step: int) -> Watched:
+            left = (config.train.steps - step) * config.train.global_batch
+            return batches(train_rows, config, tokenizer, samples, left, plans, share)
+
+        stream = stream_after(start)
+        known_bad = peers.exchange(log.bad_rows)[0]
+        bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
         packed, chunk = config.data.pack, config.train.loss_chunk
+        guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
+        judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
         options = fp8.compiler_options(fp8.recipe(config, mesh.size))
-        train_step = make_train_step(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), options)
+        train_step = make_train_step(
+            graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *judged_by, options
+        )
         validation = None
         if val_rows is not None:
             validation = Validation(
                 make_eval_step(graphdef, chunk, packed, options),
                 val_rows,
                 val_plans,
-                BadRowCount(val_rows, config.data, "val", log.bad_rows),
+                BadRowCount(val_rows, config.data, "val", known_bad),
                 config,
                 tokenizer,
                 accumulate,
+                share,
                 log,
             )
         compiled: set[int] = set()  # lengths
-        meter, saved = Meter(), start
+        meter, saved, done = Meter(), start, start  # the last step that is saved, and that is done
+        save_times = SaveTimes(config.checkpoint.every, config.checkpoint.every_minutes, config.log.every)
+        # What was validated after it was saved is known from the log alone.
+        logged = peers.exchange(log.values("val_loss"))[0]
+        val_losses = {int(at): loss for at, loss in [*progress.get("val_losses", {}).items(), *logged.items()]}
 
         def validate_now(step: int) -> None:
-            loss = validation.run(step, state, frozen_params, mesh)
+            loss = validation.run(step, state, frozen_params, mesh, watchdog)
             log.metrics({"step": step, "val_loss": loss})
+            val_losses[step] = loss
 
         def validation_due(step: int) -> bool:
             return validation is not None and (step % config.eval.every == 0 or step == config.train.steps)
 
         def save_now(step: int) -> None:
             everything = {**frozen_params, **state.trained}
+            data = {"samples": samples, "plan": None if plans is None else plans.digest}
+            save_times.saved()
             checkpoints.save(
                 step,
                 {name: everything[name] for name in contents},
                 state.optimizer,
-                {"samples": samples, "plan": None if plans is None else plans.digest},
-                Meta(step, config, contents, base, tokenizer),
+                data | {"guard": guard.saved(state.guard), "rows": row_counts, "val_losses": val_losses},
+                Meta(step, config, contents, base, tokenizer, bool(averaged)),
+                state.ema,
                 state.fp8,
             )
 
-        # The run may have been killed between saving and validating.
-        if start > 0 and validation_due(start) and not log.has(start, "val_loss"):
-            validate_now(start)
+        def save_if_possible() -> str:
+            """When the run must end between two steps: nothing that is done gets lost. Returns what it did."""
+            if jax.process_count() > 1 or int(state.step) != done:
+                return f"not possible now; the last checkpoint is that of step {saved}"
+            if done > saved and guard.look(saved) is None:
+                save_now(done)
+                checkpoints.wait()
+            return f"all is saved up to step {done}"
 
-        # --- the loop
-        for step in range(start + 1, config.train.steps + 1):
-            if step == start + 1 and stop.signal is not None:
-                log.say(f"stopped by signal {stop.signal} before step {step}; the same command continues")
-                return 128 + stop.signal
-            trace.before(step, state)
-            batch = meter.next(stream)
-            _count_bad_rows(batch, bad_rows, log, step)
-            length = batch.arrays["tokens"].shape[1]
-            compiles = length not in compiled
-            if compiles and len(batch_lengths(config)) > 1:
-                log.say(f"step {step}: the first batch of {length} tokens; compiling")
-            compiled.add(length)
-            timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
-            with (
-                nullcontext() if timed else meter.paused(state),
-                jax.profiler.StepTraceAnnotation("train", step_num=step),
-            ):
-                state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
-                if compiles:
-                    jax.block_until_ready(metrics)
-            samples = batch.consumed
-            if timed:
-                meter.count(batch)
-            elif step == start + 1:
-                meter = Meter()  # nor does the wait for the first batch
-            log.advance()
-            # Read once: what is saved and what is said must agree. A signal that comes later stops the next step.
-            stopping = stop.signal is not None
-            final = step == config.train.steps
-            last = final or stopping
-            saving = last or step % config.checkpoint.every == 0
-            if saving or step % config.log.every == 0:
-                numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
-                if not all(map(math.isfinite, numbers.values())):
-                    raise FloatingPointError(
-                        f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}; nothing is saved "
-                        f"after step {saved}, from which the same command would continue"
-                    )
-                if last or step % config.log.every == 0:
+        def roll_back(to: Rollback) -> int:
+            """Takes the newest checkpoint, and the rows after the bad ones; returns its step."""
+            nonlocal state, samples, stream, meter
+            checkpoints.wait()
+            step = peers.after_first(lambda: newest_step(checkpoints.directory))
+            if step is None:
+                raise RunError(f"no checkpoint to go back to from step {to.step}; a smaller checkpoint.every makes one")
+            state = None  # never two of them
+            params, moments, progress = checkpoints.restore(step, abstract_trained, abstract_moments)
+            state = state_of(params, moments, progress, read_meta(checkpoints.directory / str(step)))
+            samples = to.samples
+            for at in [at for at in val_losses if at > step]:
+                del val_losses[at]
+            guard.skipped = int(state.guard.skipped)
+            stream, meter = stream_after(step), Meter()
+            log.rewind(step)
+            log.say(f"back to step {step}; its next rows are those after step {to.step}")
+            return step
+
+        watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
+        with watch as watchdog:
+            # The run may have been killed between saving and validating.
+            if start > 0 and validation_due(start) and start not in val_losses:
+                validate_now(start)
+            if stop.agreed(peers):
+                log.say(f"stopped by {stop.name} before step {start + 1}; the same command continues")
+                return stop.status
+
+            # --- the loop
+            step = start
+            while step < config.train.steps:
+                step += 1
+                trace.before(step, state)
+                watchdog.alive(f"step {step} waits for its batch")
+                try:
+                    batch = meter.next(stream)
+                    count_bad_rows(batch, bad_rows, log, step)
+                except (UserError, WorkerError):
+                    log.say(save_if_possible())
+                    raise
+                rows_of_batch = partial(map, train_rows.describe, batch.refs)
+                watchdog.goes_on(f"step {step} is computed", rows_of_batch)
+                length = batch.arrays["tokens"].shape[1]
+                compiles = length not in compiled
+                if compiles and len(batch_lengths(config)) > 1:
+                    log.say(f"step {step}: the first batch of {length} tokens; compiling")
+                compiled.add(length)
+                timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
+                with (
+                    nullcontext() if timed else meter.paused(state),
+                    jax.profiler.StepTraceAnnotation("train", step_num=step),
+                ):
+                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+                    if compiles:
+                        jax.block_until_ready(metrics)
+                guard.add(step, batch, metrics)
+                samples, done = batch.consumed, step
+                if timed:
+                    meter.count(batch)
+                elif step == start + 1:
+                    meter = Meter()  # nor does the wait for the first batch
+                log.advance()
+                for line in checkpoints.news():
+                    log.say(line)
+                if lock is not None and lock.lost is not None:
+                    raise RunError(f"{lock.lost}; stopped after step {step}")
+                # Asked once: what is saved and what is said must agree. A signal that comes later stops the next step.
+                stopping, final = stop.reached(step, peers), step == config.train.steps
+                last = final or stopping
+                saving, logging = last or save_times.due(step), last or step % config.log.every == 0
+                if saving or logging or guard.full:
+                    if (rollback := guard.look(saved)) is not None:
+                        watchdog.alive("rolling back")
+                        step = saved = done = roll_back(rollback)
+                        continue
+                    # Parameters that bad steps follow may be the reason: a rollback must not find them.
+                    saving = saving and (last or guard.in_row == 0)
+                if logging:
+                    numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
                     epoch = samples / train_rows.epoch_size
-                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch})
+                    log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch, **guard.counts()})
                     meter = Meter()
-            if saving and not final:
-                with meter.paused(state):
-                    save_now(step)
-                    saved = step
-            if stopping and not final:
-                break
-            if validation_due(step):
-                with meter.paused(state):
-                    validate_now(step)
-            if final:
-                save_now(step)  # last of all: a run that has its last step is complete
-        checkpoints.wait()
+                if saving and not final:
+                    watchdog.alive(f"step {step} is saved")
+                    with meter.paused(state):
+                        save_now(step)
+                        saved = step
+                if stopping and not final:
+                    break
+                if validation_due(step):
+                    with meter.paused(state):
+                        validate_now(step)
+                if final:
+                    watchdog.alive(f"step {step} is saved")
+                    save_now(step)  # last of all: a run that has its last step is complete
+            checkpoints.wait()
+            for line in checkpoints.news():
+                log.say(line)
         if step < config.train.steps:
-            log.say(f"stopped by signal {stop.signal} after step {step}, saved; the same command continues")
-            return 128 + stop.signal
+            log.say(f"stopped by {stop.name} after step {step}, saved; the same command continues")
+            return stop.status
         if bad_rows.counts:
             log.say(f"{bad_rows.summary()}; bad_rows.jsonl lists them")
         log.say(f"done: step {step}, checkpoint in {checkpoints.directory / str(step)}")
@@ -268,110 +404,6 @@ def _write_config(run_dir: Path, config: Config) -> None:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"run.dir={run_dir}: cannot be written to ({error.strerror})") from None
-
-
-def _resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources) -> int:
-    """Samples that the run has consumed; within an epoch, they are known only together with the plan of their rows.
-
-    Raises:
-      UserError: another plan than the one that the run began the epoch with.
-    """
-    samples, plan = progress["samples"], None if plans is None else plans.digest
-    if samples % rows.epoch_size and progress.get("plan") != plan:
-        raise UserError(
-            f"data.pack={plans is not None}: the checkpoint stands {samples % rows.epoch_size} samples into an epoch "
-            "that was packed otherwise; data.pack, data.max_length, data.images_per_row, data.segments_per_row, the "
-            "rows and all settings that change their lengths must stay as they were, or use a new run.dir"
-        )
-    return samples
-
-
-def _count_bad_rows(batch: Batch, count: BadRowCount, log: RunLog, step: int) -> None:
-    """Records and tells the rows that were met for the first time; raises UserError where the run may not go on."""
-    for report in count.add(batch.bad_rows):
-        log.bad_row(count.record(report, step))
-        if report.kind == "bad":
-            log.say(f"{'validation ' if count.split == 'val' else ''}skipped {report.message}")
-        elif count.counts["dropped"] == 1:
-            log.say(f"dropped {report.message}; bad_rows.jsonl lists this one and all that follow")
-    count.check(batch.bad_rows, complete=bool(batch.arrays))
-
-
-@dataclass
-class Validation:
-    """The mean token loss over the first `eval.batches` global batches of the validation rows, each row at most once.
-
-    eval_step: of `make_eval_step`; accumulate: its micro batches per global batch.
-    """
-
-    eval_step: Any
-    rows: Sources
-    plans: Plans | None
-    bad_rows: BadRowCount
-    config: Config
-    tokenizer: Tokenizer
-    accumulate: int
-    log: RunLog
-
-    def __post_init__(self) -> None:
-        # Threads: starting worker processes would take longer than a short validation.
-        self.threaded = replace(self.config, data=replace(self.config.data, workers=0))
-
-    def run(self, step: int, state: TrainState, frozen: dict, mesh: Any) -> float:
-        """The loss after `step`."""
-        size = self.config.train.global_batch
-        there = self.rows.epoch_size if self.plans is None else self.plans[0].rows
-        wanted = min(self.config.eval.batches * size, there)
-        total, weights = 0.0, 0.0
-        for i, batch in enumerate(batches(self.rows, self.threaded, self.tokenizer, 0, wanted, self.plans)):
-            _count_bad_rows(batch, self.bad_rows, self.log, step)
-            surplus = np.arange(i * size, (i + 1) * size) >= wanted  # the last batch was filled up with further rows
-            batch.arrays["loss_weights"][surplus] = 0
-            placed = place_batch(mesh, batch.arrays, self.accumulate)
-            nll, weight = self.eval_step(state.trained, frozen, placed, state.fp8)
-            total, weights = total + float(nll), weights + float(weight)
-        return total / weights
-
-
-@dataclass
-class Meter:
-    """Throughput since it was made."""
-
-    samples: int = 0
-    tokens: int = 0
-    data_wait: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.started = time.monotonic()
-
-    def next(self, stream: Iterator[Batch]) -> Batch:
-        """The next batch; the time spent waiting for it is counted."""
-        before = time.monotonic()
-        batch = next(stream)
-        self.data_wait += time.monotonic() - before
-        return batch
-
-    def count(self, batch: Batch) -> None:
-        """Counts the samples of a batch, and its tokens without padding."""
-        self.samples += batch.samples
-        self.tokens += int((batch.arrays["segment_ids"] > 0).sum())
-
-    @contextmanager
-    def paused(self, state: Any) -> Iterator[None]:
-        """A context whose time does not count (validation, saving); what was started before it does."""
-        jax.block_until_ready(state)
-        before = time.monotonic()
-        yield
-        self.started += time.monotonic() - before
-
-    def row(self) -> dict[str, float]:
-        """Samples and tokens per second, and seconds spent waiting for data."""
-        seconds = time.monotonic() - self.started
-        return {
-            "samples_per_s": self.samples / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            "data_wait_s": self.data_wait,
-        }
 
 
 def _summary(config: Config, sizes: dict[str, int], accumulate: int, abstract: dict, rows: Sources) -> str:

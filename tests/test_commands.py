@@ -239,7 +239,7 @@ class BadEngine(Engine):
 def checkpoint(tokenizer, overrides, tmp_path, monkeypatch) -> Path:
     """The path of a checkpoint that loads at once, without weights."""
     engine = BadEngine(load_config(None, overrides), tokenizer, {}, None)
-    monkeypatch.setattr(Engine, "from_checkpoint", classmethod(lambda cls, path: engine))
+    monkeypatch.setattr(Engine, "from_checkpoint", classmethod(lambda cls, path, ema: engine))
     return tmp_path / "checkpoint"
 
 

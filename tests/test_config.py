@@ -20,7 +20,7 @@ from neva_jax.derived import (
     parse_mesh_shape,
     trained_components,
 )
-from neva_jax.training.checkpoint import check_compatible
+from neva_jax.training.weights import check_compatible
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "configs").glob("*.yaml"))

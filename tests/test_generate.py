@@ -25,7 +25,7 @@ def engine(tmp_path_factory, tokenizer, tokenizer_path, llava_data):
 @pytest.fixture
 def ask(engine, monkeypatch, capsys):
     """Runs the command with one loaded engine, whose programs are compiled once; returns what is printed."""
-    monkeypatch.setattr(Engine, "from_checkpoint", classmethod(lambda cls, path: engine))
+    monkeypatch.setattr(Engine, "from_checkpoint", classmethod(lambda cls, path, ema: engine))
 
     def run(*arguments):
         capsys.readouterr()

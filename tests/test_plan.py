@@ -105,6 +105,25 @@ def test_layers(planned):
     assert [line.split()[-1] for line in text[-3:]] == ["yes", "yes", "no"]
 
 
+def test_an_average_is_shown_where_there_is_one(planned):
+    assert "moving average" not in planned(*FINETUNE)
+    assert "moving average of the trained, fp32" in planned(*FINETUNE, "optimizer.ema_decay=0.9999")
+    header = planned(*FINETUNE, "--layers", "8", "optimizer.ema_decay=0.9999").splitlines()[3]
+    assert "average" in header.split()
+
+
+def test_sweep_counts_what_an_encoder_sends_that_tensor_does_not_split(planned):
+    settings = [*PRETRAIN, "--sweep", "8", "--json", "train.global_batch=256", "mesh.vision_tensor=false"]
+    meshes = json.loads(planned(*settings))["meshes"]
+    what = {mesh["mesh"]["tensor"]: {t["what"] for t in mesh["transfers"]} for mesh in meshes if "reason" not in mesh}
+    assert {tensor: "image features" in names for tensor, names in what.items()} == {
+        1: False,
+        2: True,
+        4: True,
+        8: True,
+    }
+
+
 def test_sweep(planned):
     arguments = [*FINETUNE, "--sweep", "16", "train.global_batch=64", "--memory-gib", "79"]
     meshes = json.loads(planned(*arguments, "--json"))["meshes"]
@@ -159,6 +178,7 @@ def test_compiled_beside_the_estimate(planned):
         (["--memory-gib", "0"], "--memory-gib 0 must be above 0"),
         (["--per-node", "0"], "--per-node 0 must be above 0"),
         (["--compile", "--mesh-shape", "data=8,tensor=8", "train.global_batch=128"], "needs 64 devices"),
+        (["model.attention=cudnn", "model.llm.attention_dropout=0.1"], "model.attention=cudnn has no dropout"),
         (["model.llm.vocab_size=null"], "model.llm.vocab_size is not set"),
         (["--no-such-flag"], "--help"),
     ],

@@ -6,6 +6,7 @@ Most run in this process through `train.main`; those that are killed are real pr
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,14 +25,13 @@ import orbax.checkpoint as ocp
 import pytest
 import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from neva_jax import train
 from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.pipeline import SampleMaker
 from neva_jax.data.sources import Sources
-from neva_jax.errors import UserError, exit_with
+from neva_jax.errors import RunError, UserError, exit_with
 from neva_jax.models.neva import abstract_model
 from neva_jax.training.checkpoint import locate
 from neva_jax.training.metrics import RunLog
@@ -48,24 +48,6 @@ def of_steps(count: int) -> list[str]:
 
 
 # --- starting runs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs(tmp_path_factory) -> Iterator[Path]:
-    """The folder in which JAX keeps compiled programs: runs of one program compile it once."""
-    folder = tmp_path_factory.mktemp("programs")
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -250,7 +232,7 @@ def test_val_loss_is_the_mean_over_the_tokens_of_each_row_once(whole, tokenizer)
     config = load_config(whole / "config.yaml")
     make = SampleMaker(Sources(config.data, "val", 0, shuffle=False), config, tokenizer)
     rows = [make(index) for index in range(5)]
-    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "bad_rows"}
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ("bad_rows", "refs")}
     graphdef, _ = abstract_model(config.model, config.precision)
 
     @jax.jit
@@ -278,7 +260,8 @@ def test_log_txt_tells_what_was_run(base):
         f"frozen vision ({counts['vision'] / 1e6:.2f}M); 25 rows, 8 per step in 1 micro batches; "
         "mesh data=1,fsdp=1,tensor=1 on cpu; fp32",
     ]
-    assert [line.split()[:2] for line in lines[2:-1]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert [line.split()[:2] for line in lines[2:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert re.fullmatch(r"checkpoint 4: \d+\.\d MiB in \d+\.\d\d s; training waited \d+ ms", lines[-2])
     assert lines[-1] == f"done: step 4, checkpoint in {base}/checkpoints/4"
 
 
@@ -487,30 +470,83 @@ def other_tokenizer(tokenizer_path, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "lines"),
     [
-        ("run.resume=never", "run.resume=never, but {run} holds a checkpoint of step 4; name another run.dir"),
-        ("model.tokenizer={other}", "model.tokenizer={other} is not the file that {run} was trained with"),
-        ("model.llm.intermediate_size=128", "model.llm.intermediate_size=128, but the weights in {run} have 64"),
-        ("model.llm.vocab_size=401", "model.llm.vocab_size=401, but the weights in {run} have 400"),
-        ("model.vision.select_layer=-1", "model.vision.select_layer=-1, but the weights in {run} have -2"),
-        ("model.projector.kind=linear", "model.projector.kind=linear, but the weights in {run} have mlp2x_gelu"),
-        ("model.llm.freeze=true", "model.llm.freeze=True, but {run} was trained with False; use a new run.dir"),
-        ("run.seed=1", "run.seed=1, but {run} was trained with 1234; use a new run.dir"),
-        ("data.template=plain", "data.template=plain, but {run} was trained with v1; use a new run.dir"),
-        ("data.val_fraction=0.5", "data.val_fraction=0.5, but {run} was trained with 0.0; use a new run.dir"),
+        ("run.seed=1", ["run.seed: before 1234, now 1"]),
+        ("data.template=plain", ["data.template: before v1, now plain"]),
+        ("data.val_fraction=0.5", ["data.val_fraction: before 0.0, now 0.5"]),
+        ("data.sampling=replacement", ["data.sampling: before epochs, now replacement"]),
+        ("model.vision.select_layer=-1", ["model.vision.select_layer: before -2, now -1"]),
+        ("model.tokenizer={other}", ["model.tokenizer: before tokenizer.model 53cc769ab368, 400 tokens, now .*"]),
         (
-            "data.sampling=replacement",
-            "data.sampling=replacement, but {run} was trained with epochs; use a new run.dir",
+            "run.seed=1 data.image_position=front data.train={fewer}",
+            ["run.seed: before .*", "data.train: before .*", "data.image_position: before in_place, now front"],
         ),
     ],
 )
-def test_a_run_that_cannot_go_on_says_why(change, message, start, base, other_tokenizer):
+def test_all_that_would_make_another_run_is_told_with_the_way_to_allow_it(change, lines, start, base, other_tokenizer):
     before = contents(base)
+    config = load_config(base / "config.yaml").data.train[0]
+    fewer = f"[{{json: {config.json}, images: {config.images}, weight: 0.5}}]"
+    changes = change.replace("{other}", str(other_tokenizer)).replace("{fewer}", fewer).split(" ", 2)
+    keys = [line.split(":")[0] for line in lines]
+    allow = " ".join(f"--allow-changed {key}" for key in keys)
     with pytest.raises(UserError) as caught:
-        start(base, *of_steps(6), change.format(other=other_tokenizer))
-    assert str(caught.value) == message.format(run=base, other=other_tokenizer)
+        start(base, *of_steps(6), *changes)
+    first, *others = str(caught.value).splitlines()
+    assert first == f"{base}: was trained with other settings; use a new run.dir, or add {allow} if that is meant"
+    assert len(others) == len(lines)
+    for line, expected in zip(others, lines, strict=True):
+        assert re.fullmatch(f"  {expected}", line), line
     assert contents(base) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("model.llm.intermediate_size=128", "model.llm.intermediate_size: before 64, now 128"),
+        ("model.llm.vocab_size=401", "model.llm.vocab_size: before 400, now 401"),
+        ("model.projector.kind=linear", "model.projector.kind: before mlp2x_gelu, now linear"),
+        ("model.llm.freeze=true", "model.llm.freeze: before False, now True"),
+    ],
+)
+def test_what_the_arrays_do_not_fit_cannot_be_allowed(change, line, start, base):
+    before, key = contents(base), change.split("=")[0]
+    with pytest.raises(UserError) as caught:
+        start(base, *of_steps(6), change, "--allow-changed", key)
+    assert str(caught.value).splitlines() == [
+        f"{base}: was trained with other settings; use a new run.dir ({key} cannot change: the saved arrays would not "
+        "fit)",
+        f"  {line}",
+    ]
+    assert contents(base) == before
+
+
+def test_an_allowed_difference_is_told_and_the_run_goes_on(start, base, llava_data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    rows = tmp_path / "fewer.json"
+    rows.write_text(json.dumps(json.loads(llava_data.json.read_text())[:20]))
+    change = f"data.train=[{{json: {rows}, images: {llava_data.images}}}]"
+    assert start(run, *of_steps(5), change, "--allow-changed", "data.train", "--allow-changed", "run.seed") == 0
+    assert any(line.startswith("--allow-changed data.train: ") for line in said(run))
+    assert max(losses(run)) == 5
+
+
+def test_rows_that_were_added_to_a_file_are_a_difference(start, base, llava_data, tmp_path):
+    run, rows = tmp_path / "run", tmp_path / "rows.json"
+    train = f"data.train=[{{json: {rows}, images: {llava_data.images}}}]"
+    shutil.copy(llava_data.json, rows)
+    assert start(run, train, "checkpoint.every=2", *of_steps(5)) == 0
+    rows.write_text(json.dumps(json.loads(rows.read_text())[:20]))
+    with pytest.raises(UserError, match=r"\n  data.train: before files of 25 rows, now files of 20 rows$"):
+        start(run, train, *of_steps(6))
+
+
+def test_a_run_that_may_not_go_on_says_why(start, base):
+    with pytest.raises(UserError) as caught:
+        start(base, *of_steps(6), "run.resume=never")
+    assert str(caught.value) == f"run.resume=never, but {base} holds a checkpoint of step 4; name another run.dir"
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -532,10 +568,10 @@ class Hunted:
 
 
 @pytest.fixture
-def hunted(shared, settings, programs) -> Hunted:
+def hunted(shared, settings) -> Hunted:
     folder, made = shared
     if "hunted" not in made:
-        made["hunted"] = hunt(folder / "hunted", settings, programs)
+        made["hunted"] = hunt(folder / "hunted", settings)
     return made["hunted"]
 
 
@@ -551,14 +587,8 @@ def vanishes(group: int) -> bool:
     return False
 
 
-def hunt(folder: Path, settings: list[str], programs: Path) -> Hunted:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+def hunt(folder: Path, settings: list[str]) -> Hunted:
+    environment = {**os.environ, "XLA_FLAGS": ""}
     folder.mkdir()
     config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1"])
     (folder / "config.yaml").write_text(to_yaml(config))
@@ -676,9 +706,11 @@ def chained(once, aligned) -> Path:
 
 
 def test_finetuning_starts_with_the_pretrained_projector_and_its_base(chained, aligned, base):
-    assert said(chained)[:2] == [
-        f"projector: weights from {aligned}/checkpoints/4",
-        f"vision, llm: weights from {base}/checkpoints/4",
+    assert [line.split() for line in said(chained)[:4]] == [
+        ["weights", "loaded", "random", "skipped", "from"],
+        ["vision", "23", "0", "0", f"{base}/checkpoints/4"],
+        ["projector", "4", "0", "0", f"{aligned}/checkpoints/4"],
+        ["llm", "12", "0", "0", f"{base}/checkpoints/4"],
     ]
     assert set(state(chained, 4)["params"]) == {"projector", "llm"}
     assert locate(meta(chained, 4)["base"]) == aligned / "checkpoints" / "4"
@@ -762,7 +794,7 @@ def test_a_skipped_row_is_replaced_by_the_next_and_told_once(damaged, start, tmp
     skip = [damaged.train, "data.on_bad_row=skip", "data.max_bad_fraction=0.04"]  # one of 25
     assert start(run, *skip) == 0
     saved = json.loads((run / "checkpoints" / "4" / "data" / "metadata").read_text())
-    assert saved == {"samples": 4 * BATCH, "plan": None}
+    assert (saved["samples"], saved["plan"], saved["rows"]) == (4 * BATCH, None, [25])
     listed = (run / "bad_rows.jsonl").read_text()
     assert start(run, *skip, *of_steps(6)) == 0
     assert [line for line in said(run) if line.startswith("skipped")] == [f"skipped {damaged.message}"]
@@ -795,28 +827,24 @@ def test_a_bad_row_stops_the_run_which_goes_on_when_it_is_mended(damaged, start,
 EXPLODE = ["optimizer.lr=1e30", "optimizer.min_lr=1e30", "optimizer.clip_norm=null"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(start, base, tmp_path):
+def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_checkpoint(start, base, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(base, run)
     before = contents(run / "checkpoints")
-    with pytest.raises(FloatingPointError, match=r"^step 6: loss (nan|inf), .* nothing is saved after step 4, "):
-        start(run, *of_steps(10), *EXPLODE)
+    with pytest.raises(
+        RunError, match=r"^5 bad steps in a row, the last is step 10 .* nothing is saved after step 4, "
+    ):
+        start(run, *of_steps(12), *EXPLODE)
     assert contents(run / "checkpoints") == before
     assert all(math.isfinite(loss) for loss in losses(run).values())
     assert start(run, *of_steps(5)) == 0
     assert max(losses(run)) == 5
 
 
-def test_the_error_names_the_newest_checkpoint(start, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"^step 2: loss (nan|inf), .* nothing is saved after step 1, "):
-        start(tmp_path / "run", "checkpoint.every=1", *EXPLODE)
-    assert checkpoints(tmp_path / "run") == [1]
-
-
 def test_no_checkpoint_holds_parameters_that_are_no_numbers(start, base, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(base, run)
-    with pytest.raises(FloatingPointError):
-        start(run, *of_steps(10), *EXPLODE, "log.every=10", "checkpoint.every=1")
+    with pytest.raises(RunError, match="nothing is saved after step 5"):
+        start(run, *of_steps(12), *EXPLODE, "log.every=10", "checkpoint.every=1")
     for step in checkpoints(run):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state(run, step)["params"])), step

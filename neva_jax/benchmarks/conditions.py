@@ -3,7 +3,16 @@
 import datetime
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
+from typing import Any
+
+from neva_jax.config import Config
+from neva_jax.derived import trained_components
+
+# trained components -> the stage's name; layers, width, width inside the MLP -> the model's
+STAGES = {("projector",): "pretrain", ("projector", "llm"): "finetune"}
+MODELS = {(32, 4096, 11008): "7B", (40, 5120, 13824): "13B"}
 
 
 def conditions(*packages: str) -> dict:
@@ -17,6 +26,27 @@ def conditions(*packages: str) -> dict:
         "load": round(os.getloadavg()[0], 2),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What is trained, on what, in which precision: the same for each implementation."""
+    llm, vision, trained = config.model.llm, config.model.vision, trained_components(config.model)
+    sizes = (llm.num_layers, llm.hidden_size, llm.intermediate_size)
+    return {
+        "stage": STAGES.get(trained, "+".join(trained)),
+        "model": MODELS.get(sizes, "{} x {}/{}".format(*sizes)),
+        "layers": llm.num_layers,
+        "vision": f"{vision.kind} {vision.num_layers} x {vision.hidden_size}/{vision.patch_size}",
+        "projector": config.model.projector.kind,
+        "image_px": vision.image_size,
+        "precision": config.precision.compute,
+        "fp8": asdict(config.precision.fp8) if config.precision.compute.startswith("fp8") else None,
+        "template": config.data.template,
+        "packed": config.data.pack,
+        "micro_batch": config.train.micro_batch,
+        "global_batch": config.train.global_batch,
+        "seed": config.run.seed,
     }
 
 

@@ -40,7 +40,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 
 HELP = "from JSON and JPEG files to batches: images per second, and where the time goes"
-PACKAGES = ("grain", "numba", "numpy", "pillow", "sentencepiece", "transformers")
+PACKAGES = ("grain", "numba", "numpy", "pillow", "sentencepiece", "simplejpeg", "transformers")
 PASSES = 5  # over the distinct images, for the stages; the best counts
 MODES = ("square", "pad", "keep", "squash", "anyres")
 
@@ -204,7 +204,7 @@ def _hugging_face(config: Config) -> Callable[[Image.Image], np.ndarray] | None:
         processor = SiglipImageProcessorPil(size=square, do_rescale=False, do_normalize=False)
     else:
         return None
-    return lambda image: np.asarray(processor(image)["pixel_values"][0]).transpose(1, 2, 0)
+    return lambda image: np.asarray(processor(image.convert("RGB"))["pixel_values"][0]).transpose(1, 2, 0)
 
 
 def _one_or_mean(values: set[int], all_values: Sequence[int]) -> float:

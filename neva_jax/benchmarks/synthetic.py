@@ -41,15 +41,17 @@ def _word(rank: int) -> str:
     return "".join(SYLLABLES[number // len(SYLLABLES) ** i % len(SYLLABLES)] for i in range(1 + number % 4))
 
 
-def write_rows(folder: Path, rows: int, images: int, size: tuple[int, int], quality: int, seed: int = 0) -> None:
-    """`rows.json` and `text.json` (the same without images), of 1 to 4 rounds a row, and `images` JPEG files."""
+def write_rows(
+    folder: Path, rows: int, images: int, size: tuple[int, int], quality: int, seed: int = 0, rounds: int = 4
+) -> None:
+    """`rows.json` and `text.json` (the same without images), of 1 to `rounds` rounds a row, and `images` JPEG files."""
     rng = np.random.default_rng(seed)
     for i in range(images):
         photograph(*size, rng).save(folder / f"{i}.jpg", quality=quality)
     with_image, text = [], []
     for i in range(rows):
         turns = []
-        for _ in range(int(rng.integers(1, 5))):
+        for _ in range(int(rng.integers(1, rounds + 1))):
             turns.append({"from": "human", "value": words(rng, int(rng.integers(5, 20))) + "?"})
             turns.append({"from": "gpt", "value": words(rng, int(rng.integers(5, 80))) + "."})
         text.append({"id": str(i), "conversations": turns})

@@ -2,11 +2,16 @@
 
 A name is a key of the file's content, so a changed file has another one and nothing stale is ever read. Entries appear
 whole or not at all, so several processes may make the same one at once. Deleting the folder costs time, never data.
+
+Using an entry changes its time, and holds a shared lock on it until the process ends. So `prune` can tell which entries
+nobody has used for long, and takes none away that another process still has in use.
 """
 
 import fcntl
 import hashlib
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +21,12 @@ import numpy as np
 from neva_jax.errors import UserError
 from neva_jax.files import replacing
 
+UNUSED_DAYS = 30  # after so many days `prune` takes an entry away
+_ENTRY = re.compile(r"(lengths|plan|ids|rows|tar|parquet|unpacked)-[0-9a-f-]+(-table|-names)?(\.npy)?")
 _SAMPLE = 64 * 2**10
+_MOST_HELD = 64
+_held: dict[Path, int] = {}  # descriptors of the entries that this process uses
+NOT_REGULAR = "no regular file"
 
 
 def cache_folder(configured: str | None) -> Path:
@@ -56,7 +66,7 @@ def open_regular(path: str | Path):
         descriptor = os.open(name, flags | os.O_NONBLOCK)
         if not os.path.stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError("no regular file")
+            raise OSError(NOT_REGULAR)
         return descriptor
 
     return open(path, "rb", opener=opener)
@@ -88,7 +98,7 @@ def cached(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
       UserError: the folder cannot be written to.
     """
     path = folder / name
-    if not path.is_file():
+    while not _hold(path):
         try:
             with replacing(path) as fresh:
                 make(fresh)
@@ -97,6 +107,43 @@ def cached(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
                 f"data.cache={folder}: {name} cannot be written ({error.strerror or error}); name another folder"
             ) from None
     return path
+
+
+def _hold(path: Path) -> bool:
+    """Marks an entry as used, now and until this process ends; False: there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    with suppress(OSError):  # a folder that may only be read, or a file system without locks
+        os.utime(path)
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if (old := _held.pop(path, None)) is not None:
+        os.close(old)
+    _held[path] = descriptor
+    while len(_held) > _MOST_HELD:  # of many plans, the last ones
+        os.close(_held.pop(next(iter(_held))))
+    return path.exists()  # `prune` may have taken it away before it was locked
+
+
+def prune(folder: Path, say: Callable[[str], None]) -> None:
+    """Takes away what nobody has used for UNUSED_DAYS days and no process of this machine holds, and says so in a line.
+
+    Only files that are called as entries are: a folder that holds others keeps them.
+    """
+    count = size = 0
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        with suppress(OSError):
+            status = path.lstat()
+            if not _ENTRY.fullmatch(path.name) or time.time() - status.st_mtime < UNUSED_DAYS * 86400:
+                continue
+            with open_regular(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            count, size = count + 1, size + status.st_size
+    if count:
+        say(f"data.cache={folder}: deleted {count} entries ({size:,} bytes) that were not used for {UNUSED_DAYS} days")
 
 
 def cached_array(folder: Path, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:

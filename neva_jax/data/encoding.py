@@ -136,8 +136,8 @@ class _Joiner:
     def __init__(self, encoder: ConversationEncoder, turns: Sequence[Turn], images: Sequence[ImageSpan]):
         self.encoder, self.turns, self.images = encoder, turns, iter(images)
         self.tokens: list[int] = []
-        self.weights: list[float] = []
-        self.slots: list[int] = []
+        self.weights: list[tuple[float, int]] = []  # each with the number of tokens that have it
+        self.slots: list[tuple[int, np.ndarray]] = []  # of each image, with the place of the first; text has TEXT
         self.spans: list[tuple[int, int]] = []
         self.features = 0  # of the images so far
         self.continues = False
@@ -159,18 +159,21 @@ class _Joiner:
                 self._append([piece.value])
             self.continues = self.encoder.whole
         self._flush()
+        tokens = np.asarray(self.tokens, np.int32)
+        weights, counts = zip(*self.weights, strict=True) if self.weights else ((), ())
+        slots = np.full(len(tokens), TEXT, np.int32)
+        for first, of_image in self.slots:
+            slots[first : first + len(of_image)] = of_image
         return Encoded(
-            np.asarray(self.tokens, np.int32),
-            np.asarray(self.weights, np.float32),
-            np.asarray(self.slots, np.int32),
-            tuple(self.spans),
+            tokens, np.repeat(np.asarray(weights, np.float32), np.asarray(counts, int)), slots, tuple(self.spans)
         )
 
     def _image(self, span: ImageSpan) -> None:
         first = len(self.tokens)
         self._append(self.encoder.image_start)
         slots = np.where(span.slots >= 0, span.slots + self.features, span.slots)
-        self._append([0] * len(slots), slots.tolist())
+        self.slots.append((len(self.tokens), slots))
+        self._append([0] * len(slots))
         self._append(self.encoder.image_end)
         self.spans.append((first, len(self.tokens)))
         self.features += span.features
@@ -180,11 +183,9 @@ class _Joiner:
             self._append(self.encoder.tokenizer.encode(self.pending, continues=self.continues))
             self.pending, self.continues = "", True
 
-    def _append(self, ids: Sequence[int], slots: Sequence[int] | None = None) -> None:
-        weight = 0.0 if self.answer is None else self.turns[self.answer].weight
+    def _append(self, ids: Sequence[int]) -> None:
         self.tokens += ids
-        self.weights += [weight] * len(ids)
-        self.slots += slots if slots is not None else [TEXT] * len(ids)
+        self.weights.append((0.0 if self.answer is None else self.turns[self.answer].weight, len(ids)))
 
 
 def _dummy_prefix(tokenizer: Tokenizer) -> list[int]:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from neva_jax.config import Config
-from neva_jax.data.cache import cache_folder, cached_array
+from neva_jax.data.cache import cache_folder, cached_array, prune
 from neva_jax.data.chat_template import read_chat_template
 from neva_jax.data.processes import in_order
 from neva_jax.data.rows import BadRow, DroppedRow
@@ -93,6 +93,7 @@ def row_lengths(sources: Sources, config: Config, tokenizer: Tokenizer, say: Cal
             raise UserError(f"data.cache: {folder / name}.npy is not what it should be; delete it")
         names.append(name)
         digest.update(np.ascontiguousarray(table).tobytes())
+    prune(folder, say)
     return Lengths(tuple(names), folder, digest.hexdigest())
 
 

@@ -4,6 +4,7 @@ Everything that leaves a worker is plain numpy, and a bad row is data, not an ex
 a report, so the main process can count it in the order of the run, whatever worker met it.
 """
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -20,6 +21,7 @@ from absl import flags
 
 from neva_jax.config import Config
 from neva_jax.data.bad_rows import BadRowReport, report
+from neva_jax.data.cache import cache_folder, locked
 from neva_jax.data.lengths import row_lengths
 from neva_jax.data.packing import training_row
 from neva_jax.data.plans import Plans
@@ -28,8 +30,10 @@ from neva_jax.data.samples import Sample, Samples
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
+from neva_jax.data.transport import BUFFER, Transport
 from neva_jax.data.watch import THREADS, Board, Watched
 from neva_jax.derived import image_tokens
+from neva_jax.parallel.peers import ALONE, Peers
 
 ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
 ATTEMPTS = 100  # places of the order that may fail one after another; past them the source itself is broken
@@ -39,17 +43,40 @@ ATTEMPTS = 100  # places of the order that may fail one after another; past them
 class Batch:
     """B rows as host arrays (DESIGN, "Batch"), and the bad rows met while they were made.
 
+    Of several processes each has its own rows alone, and all the rest is said of the whole batch.
+
+    rows: the numbers of the rows within the batch.
+    complete: whether all rows are there; where not, there may be no arrays.
     consumed: samples of the run up to the end of this batch, which is where the next one begins.
+    samples, tokens: in it: rows, or the segments of packed rows; and positions that are no padding.
+    refs: the rows of the sources that it was made from.
     """
 
     arrays: dict[str, np.ndarray]
     bad_rows: list[BadRowReport] = field(default_factory=list)
     consumed: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    complete: bool = True
+    samples: int = 0
+    tokens: int = 0
+    refs: list[RowRef] = field(default_factory=list)
 
-    @property
-    def samples(self) -> int:
-        """Samples in it: rows, or the segments of packed rows."""
-        return int(self.arrays["segment_ids"].max(axis=1).sum())
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that this process reads (`parallel.mesh.own_rows`), and the processes of the run.
+
+    rows: numbers within the batch; told: [len(rows)] bool, the rows that this process speaks for.
+    """
+
+    rows: np.ndarray
+    told: np.ndarray
+    peers: Peers = ALONE
+
+    @classmethod
+    def whole(cls, size: int) -> "Share":
+        """Of a process that is alone."""
+        return cls(np.arange(size), np.ones(size, bool))
 
 
 # Kept until the process ends: Grain closes an iterator that nobody holds, and then waits up to 25 s for each worker
@@ -78,7 +105,7 @@ class SampleMaker:
         self.samples = Samples(sources, config, tokenizer)
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The arrays of one row (without B), plus `bad_rows` and `consumed`; arrays are missing if none could be made.
+        """The arrays of one row (without B), which are missing if none could be made; `bad_rows`, `refs`, `consumed`.
 
         A place of the order that gives no sample is replaced by the next place that gives some.
         """
@@ -87,6 +114,7 @@ class SampleMaker:
         consumed, places = self._places(index)
         bad: list[BadRowReport] = []
         arrays: dict[str, np.ndarray] = {}
+        made: list[Sample] = []
         for place in itertools.islice(places, ATTEMPTS):
             made = self._make_all(place, bad)
             if made:
@@ -95,7 +123,7 @@ class SampleMaker:
                 break
         if self.board is not None:
             self.board.say(_line(), -1)
-        return {**arrays, "bad_rows": bad, "consumed": consumed}
+        return {**arrays, "bad_rows": bad, "refs": [sample.ref for sample in made], "consumed": consumed}
 
     def make(self, ref: RowRef) -> dict[str, np.ndarray]:
         """One source row alone in its training row; raises BadRow."""
@@ -185,7 +213,9 @@ def plan_rows(
     """
     if not config.data.pack:
         return None
-    plans = Plans(sources, row_lengths(sources, config, tokenizer, say), config)
+    with locked(cache_folder(config.data.cache) / "lengths.lock"):  # other processes need the same lengths now
+        lengths = row_lengths(sources, config, tokenizer, say)
+    plans = Plans(sources, lengths, config)
     first, length = plans[0], config.data.max_length
     say(
         f"{name}: {sources.epoch_size} samples packed into {first.rows} rows of {length} tokens, "
@@ -201,17 +231,20 @@ def batches(
     first_sample: int,
     rows: int,
     plans: Plans | None = None,
+    share: Share | None = None,
 ) -> Iterator[Batch]:
     """Batches of `train.global_batch` rows: `rows` rows of the run, from the one that begins with `first_sample`.
 
-    The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed. The last
-    batch is padded by going on in the order, so that every batch is whole.
+    The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed, and that of
+    processes only who reads which of its rows (`share`). The last batch is padded by going on in the order, so that
+    every batch is whole.
 
     Raises:
       UserError: `first_sample` is within a packed row.
       WorkerError: while iterating; see `Watched`.
     """
     size = config.train.global_batch
+    share = Share.whole(size) if share is None else share
     count = -(-rows // size)
     workers = min(config.data.workers, count)
     board = Board(workers)
@@ -219,9 +252,10 @@ def batches(
     maker = SampleMaker(sources, config, tokenizer, plans, start, board)
     first = first_sample if plans is None else 0
     dataset = (
-        grain.MapDataset.range(first, first + count * size)
+        grain.MapDataset.range(count * len(share.rows))
+        .map(partial(_row_number, first, size, share.rows))
         .map(maker)
-        .batch(size, batch_fn=partial(_collate, batch_lengths(config)))
+        .batch(len(share.rows), batch_fn=partial(_collate, share.rows, share.told))
         .to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4))
     )
     if workers:
@@ -229,12 +263,15 @@ def batches(
         flags.FLAGS.mark_as_parsed()
         # The semaphores of workers that were killed are cleaned up, which is nothing to warn about.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=partial(_become_worker, board))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER)
+        transport = Transport(workers, len(share.rows) * row_bytes(config))
+        become = partial(_become_worker, board, transport)
+        dataset = dataset.map(transport.put).mp_prefetch(options, worker_init_fn=become).map(transport.take)
     stream = iter(dataset)
     if workers:
         _STREAMS.append(stream)
-    return Watched(stream, config.data.worker_timeout, board, maker.describe)
+    watched = stream, config.data.worker_timeout, board, maker.describe
+    return _Agreed(*watched, lengths=batch_lengths(config), share=share)
 
 
 def batch_lengths(config: Config) -> list[int]:
@@ -242,30 +279,89 @@ def batch_lengths(config: Config) -> list[int]:
     return sorted({*config.data.length_buckets, config.data.max_length})
 
 
-def _collate(lengths: Sequence[int], samples: list[dict[str, Any]]) -> Batch:
-    """Rows -> a batch of the smallest of the lengths that holds them all."""
-    bad_rows = [report for sample in samples for report in sample["bad_rows"]]
+def row_bytes(config: Config) -> int:
+    """Bytes of the arrays of one row of the longest batches."""
+    text = (len(ARRAYS) - 1) * 4 * config.data.max_length
+    return text + tiles_per_row(config) * 3 * config.model.vision.image_size**2
+
+
+def _row_number(first: int, size: int, rows: np.ndarray, index: int) -> int:
+    """The `index`-th row that a process reads -> its number in the run."""
+    batch, place = divmod(index, len(rows))
+    return first + batch * size + int(rows[place])
+
+
+@dataclass
+class _Part:
+    """A process's part of a batch; reports and refs by the number of the row in the batch, `longest` in tokens."""
+
+    arrays: dict[str, np.ndarray]
+    reports: list[tuple[int, BadRowReport]]
+    refs: list[tuple[int, RowRef]]
+    consumed: int
+    longest: int
+    samples: int
+    tokens: int
+
+    def note(self) -> dict[str, Any]:
+        """What the other processes need to know."""
+        reports = [(row, dataclasses.asdict(report)) for row, report in self.reports]
+        numbers = {name: getattr(self, name) for name in ("consumed", "longest", "samples", "tokens")}
+        refs = [(row, *dataclasses.astuple(ref)) for row, ref in self.refs]
+        return {"complete": bool(self.arrays), "reports": reports, "refs": refs, **numbers}
+
+
+def _collate(rows: np.ndarray, told: np.ndarray, samples: list[dict[str, Any]]) -> _Part:
+    spoken_for = [(row, sample) for row, sample, own in zip(rows.tolist(), samples, told, strict=True) if own]
+    reports = [(row, report) for row, sample in spoken_for for report in sample["bad_rows"]]
+    refs = [(row, ref) for row, sample in spoken_for for ref in sample["refs"]]
     consumed = samples[-1]["consumed"]
     if not all("tokens" in sample for sample in samples):
-        return Batch({}, bad_rows, consumed)
-    longest = max(int((sample["segment_ids"] > 0).sum()) for sample in samples)
-    length = next(length for length in lengths if length >= longest)
-
-    def stacked(name: str) -> np.ndarray:
-        return np.stack([sample[name] if name == "images" else sample[name][:length] for sample in samples])
-
-    return Batch({name: stacked(name) for name in ARRAYS}, bad_rows, consumed)
+        return _Part({}, reports, refs, consumed, 0, 0, 0)
+    arrays = {name: np.stack([sample[name] for sample in samples]) for name in ARRAYS}
+    segments = arrays["segment_ids"]
+    longest, own = int((segments > 0).sum(axis=1).max()), segments[told]
+    return _Part(arrays, reports, refs, consumed, longest, int(own.max(axis=1).sum()), int((own > 0).sum()))
 
 
-def _become_worker(board: Board, index: int, count: int) -> None:
+class _Agreed(Watched):
+    """Parts -> batches of the smallest of `lengths` that holds the rows of all processes."""
+
+    def __init__(self, *watched: Any, lengths: Sequence[int], share: Share):
+        super().__init__(*watched)
+        self.lengths, self.share = lengths, share
+
+    def __next__(self) -> Batch:
+        """The next batch, when all processes have theirs. Raises as `Watched`."""
+        part: _Part = super().__next__()
+        notes = self.share.peers.exchange(part.note())
+        longest = max(note["longest"] for note in notes)
+        length = next(length for length in self.lengths if length >= longest)
+        arrays = {name: array if name == "images" else array[:, :length] for name, array in part.arrays.items()}
+        reports = sorted((row, at, one) for note in notes for at, (row, one) in enumerate(note["reports"]))
+        refs = sorted((row, at, ref) for note in notes for at, (row, *ref) in enumerate(note["refs"]))
+        return Batch(
+            arrays,
+            [BadRowReport(**{**one, "ref": RowRef(**one["ref"])}) for _, _, one in reports],
+            max(note["consumed"] for note in notes),
+            self.share.rows,
+            all(note["complete"] for note in notes),
+            sum(note["samples"] for note in notes),
+            sum(note["tokens"] for note in notes),
+            [RowRef(*ref) for _, _, ref in refs],
+        )
+
+
+def _become_worker(board: Board, transport: Transport, index: int, count: int) -> None:
     """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
     the main process waiting for its batch.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
+    transport.enter(index)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

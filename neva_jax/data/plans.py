@@ -27,7 +27,7 @@ from neva_jax.data.sources import Sources
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.errors import UserError
 
-VERSION = 1  # of the plans: another one makes all of them anew
+VERSION = 2  # of the plans: another one makes all of them anew
 OPEN = 3  # plans that a process keeps mapped
 
 
@@ -64,7 +64,7 @@ class Plans:
             "shuffle": sources.shuffle,
             "weights": [source.weight for source in sources.configs],
             "sampling": data.sampling,
-            "val_fraction": data.val_fraction,
+            "chosen": sources.chosen_digest,
             "epoch_size": sources.epoch_size,
         }
         # What a checkpoint remembers: within an epoch, a run may go on only with the plan that it began.

@@ -26,7 +26,7 @@ from PIL import Image
 
 BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 for weights that sum to more than 1 in between
 HALF = 1 << (BITS - 1)
-TILE = 32  # rows that are turned at a time; a multiple of 8
+TILE = 32  # rows that are turned at a time; a multiple of 4
 MAX_SIDE = 65_535  # JPEG's own bound; weights take memory in proportion to the side
 
 
@@ -39,7 +39,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """`image.resize((width, height), BICUBIC).crop(window)` of an RGB image, as [h, w, 3] uint8.
+    """`image.resize((width, height), BICUBIC).crop(window)` of an RGB or RGBX image, as [h, w, 3] uint8.
 
     Args:
       width, height: of the whole resized image, of which nothing but the window is computed.
@@ -63,7 +63,7 @@ def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, 
 
 
 def rgbx(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB image, [H, W] of 4 bytes each; Pillow's own memory where that is one block, else a copy."""
+    """The pixels of an RGB or RGBX image, [H, W] of 4 bytes each; a copy where Pillow holds it in several blocks."""
     try:
         flat = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
     except ValueError:  # Pillow holds large images (16 MB) in several blocks
@@ -83,7 +83,7 @@ def _weights(old: int, new: int, start: int, stop: int) -> tuple[np.ndarray, np.
 
     Returns:
       first [n] i32, count [n] i32: inputs `first` … `first + count - 1`.
-      weights [n, k] i32: theirs, in units of 2^-BITS; 0 past the count. k is a multiple of 4.
+      weights [n, k] i32: theirs, in units of 2^-BITS; 0 past the count.
     """
     first, count, weights = _compute_weights(old, new, start, stop)
     for array in (first, count, weights):
@@ -108,7 +108,7 @@ def _compute_weights(old, new, start, stop):  # -> as `_weights`
     scale = old / new
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
-    taps = (int(np.ceil(support)) * 2 + 4) // 4 * 4
+    taps = int(np.ceil(support)) * 2 + 1
     first = np.zeros(stop - start, np.int32)
     count = np.zeros(stop - start, np.int32)
     weights = np.zeros((stop - start, taps), np.int32)
@@ -141,26 +141,40 @@ def _resize_across(pixels, first, count, weights):
     done_bytes = done.view(np.uint8)
     sums = np.empty(TILE * 4, np.int32)
     for y in range(0, height, TILE):
-        for r in range(0, TILE, 8):
-            # The last rows are repeated where the tile is higher than what is left of the image.
+        for r in range(0, TILE, 4):
+            # The last rows are repeated where the tile is higher than what is left of the image. By squares of 4 x 4:
+            # what is written lies together, and what is read too.
             row0, row1 = pixels[min(y + r, height - 1)], pixels[min(y + r + 1, height - 1)]
             row2, row3 = pixels[min(y + r + 2, height - 1)], pixels[min(y + r + 3, height - 1)]
-            row4, row5 = pixels[min(y + r + 4, height - 1)], pixels[min(y + r + 5, height - 1)]
-            row6, row7 = pixels[min(y + r + 6, height - 1)], pixels[min(y + r + 7, height - 1)]
-            for x in range(start, stop):
+            for x in range(start, stop - 3, 4):
+                a0, a1, a2, a3 = row0[x], row0[x + 1], row0[x + 2], row0[x + 3]
+                b0, b1, b2, b3 = row1[x], row1[x + 1], row1[x + 2], row1[x + 3]
+                c0, c1, c2, c3 = row2[x], row2[x + 1], row2[x + 2], row2[x + 3]
+                d0, d1, d2, d3 = row3[x], row3[x + 1], row3[x + 2], row3[x + 3]
+                line0, line1 = turned[x - start], turned[x - start + 1]
+                line2, line3 = turned[x - start + 2], turned[x - start + 3]
+                line0[r], line0[r + 1], line0[r + 2], line0[r + 3] = a0, b0, c0, d0
+                line1[r], line1[r + 1], line1[r + 2], line1[r + 3] = a1, b1, c1, d1
+                line2[r], line2[r + 1], line2[r + 2], line2[r + 3] = a2, b2, c2, d2
+                line3[r], line3[r + 1], line3[r + 2], line3[r + 3] = a3, b3, c3, d3
+            for x in range(stop - (stop - start) % 4, stop):
                 line = turned[x - start]
                 line[r], line[r + 1], line[r + 2], line[r + 3] = row0[x], row1[x], row2[x], row3[x]
-                line[r + 4], line[r + 5], line[r + 6], line[r + 7] = row4[x], row5[x], row6[x], row7[x]
         for x in range(outputs):
             for j in range(TILE * 4):
                 sums[j] = np.int32(HALF)
-            for k in range(0, count[x], 4):
+            fours = count[x] // 4 * 4
+            for k in range(0, fours, 4):
                 at = first[x] - start + k
                 a, b, c, d = weights[x, k], weights[x, k + 1], weights[x, k + 2], weights[x, k + 3]
                 p, q = turned_bytes[at], turned_bytes[at + 1]
                 s, t = turned_bytes[at + 2], turned_bytes[at + 3]
                 for j in range(TILE * 4):
                     sums[j] += a * np.int32(p[j]) + b * np.int32(q[j]) + c * np.int32(s[j]) + d * np.int32(t[j])
+            for k in range(fours, count[x]):
+                a, p = weights[x, k], turned_bytes[first[x] - start + k]
+                for j in range(TILE * 4):
+                    sums[j] += a * np.int32(p[j])
             line = done_bytes[x]
             for j in range(TILE * 4):
                 line[j] = np.uint8(min(max(sums[j] >> BITS, 0), 255))
@@ -173,7 +187,7 @@ def _resize_across(pixels, first, count, weights):
 @_compiled
 def _resize_down(pixels, first, count, weights):
     """[H, W] u32 -> [n, W] u32, down the columns; a row of `pixels` is contiguous, the next may be further away."""
-    height, width = pixels.shape
+    width = pixels.shape[1]
     outputs = len(first)
     out = np.empty((outputs, width), np.uint32)
     out_bytes = out.view(np.uint8)
@@ -181,14 +195,18 @@ def _resize_down(pixels, first, count, weights):
     for y in range(outputs):
         for j in range(width * 4):
             sums[j] = np.int32(HALF)
-        for k in range(0, count[y], 4):
+        fours = count[y] // 4 * 4
+        for k in range(0, fours, 4):
             at = first[y] + k
             a, b, c, d = weights[y, k], weights[y, k + 1], weights[y, k + 2], weights[y, k + 3]
-            # Past the count weights are 0, and rows that do not exist are not needed.
-            p, q = pixels[at].view(np.uint8), pixels[min(at + 1, height - 1)].view(np.uint8)
-            s, t = pixels[min(at + 2, height - 1)].view(np.uint8), pixels[min(at + 3, height - 1)].view(np.uint8)
+            p, q = pixels[at].view(np.uint8), pixels[at + 1].view(np.uint8)
+            s, t = pixels[at + 2].view(np.uint8), pixels[at + 3].view(np.uint8)
             for j in range(width * 4):
                 sums[j] += a * np.int32(p[j]) + b * np.int32(q[j]) + c * np.int32(s[j]) + d * np.int32(t[j])
+        for k in range(fours, count[y]):
+            a, p = weights[y, k], pixels[first[y] + k].view(np.uint8)
+            for j in range(width * 4):
+                sums[j] += a * np.int32(p[j])
         line = out_bytes[y]
         for j in range(width * 4):
             line[j] = np.uint8(min(max(sums[j] >> BITS, 0), 255))

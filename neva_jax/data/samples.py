@@ -17,10 +17,11 @@ from neva_jax.derived import image_tokens
 
 @dataclass(frozen=True)
 class Sample:
-    """What one row becomes: tokens, and tiles [N, S, S, 3] uint8."""
+    """What one row becomes: tokens, and tiles [N, S, S, 3] uint8; `ref` is the row."""
 
     encoded: Encoded
     tiles: np.ndarray
+    ref: RowRef | None = None
 
 
 class Measure(NamedTuple):
@@ -61,7 +62,7 @@ class Samples:
         encoded = fit_length(encoded, self.config.data)
         size = self.config.model.vision.image_size
         none = np.zeros((0, size, size, 3), np.uint8)
-        return Sample(encoded, np.concatenate([picture.tiles for picture in pictures]) if pictures else none)
+        return Sample(encoded, np.concatenate([picture.tiles for picture in pictures]) if pictures else none, ref)
 
     def measure(self, ref: RowRef) -> Measure:
         """The room that `make` will need; images are not decoded, and not even opened where their size is no matter.

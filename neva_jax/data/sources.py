@@ -103,6 +103,16 @@ class Sources:
         return sum(self._sizes)
 
     @property
+    def chosen_digest(self) -> str | None:
+        """Of the rows that `data.val_fraction` left to this split; None where the split has all rows."""
+        if all(rows is None for rows in self._chosen):
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        for rows in self._chosen:
+            digest.update(rows.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
     def _replaces(self) -> bool:
         return self.data.sampling == "replacement" and self.split == "train"
 

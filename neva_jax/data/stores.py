@@ -9,11 +9,11 @@ import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from neva_jax.data.cache import open_regular
+from neva_jax.data.cache import NOT_REGULAR, open_regular
 from neva_jax.data.rows import BadRow
 from neva_jax.errors import UserError
 
-MAX_IMAGE_BYTES = 2**28
+MAX_IMAGE_BYTES = 2**28  # 40 million pixels of three bytes, not compressed, are less than half of it
 MAX_VIDEO_BYTES = 2**31 - 2**20  # Linux reads less than 2 GiB at once
 _VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
@@ -85,7 +85,7 @@ class Store:
         raise NotImplementedError
 
     def _too_large(self, name: str, field: str, size: int, limit: int) -> BadRow:
-        return BadRow(f"field {field}: {name} in {self.path} has {size:,} bytes, more than {limit:,}")
+        return _too_large(f"{name} in {self.path}", field, size, limit)
 
 
 class NoStore(Store):
@@ -123,23 +123,35 @@ class FolderStore(Store):
             raise BadRow(f"field {field}: {name} in {self.path} is no regular file")
 
     def _read(self, name: str, field: str, limit: int) -> bytes:
-        path = self.find(name, field)
-        try:
-            file = open_regular(path)
-        except OSError as error:
-            reason = error.strerror and f"cannot be read ({error.strerror})"
-            raise BadRow(f"field {field}: {name} in {self.path} {reason or 'is no regular file'}") from None
-        with file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise self._too_large(name, field, size, limit)
-            return file.read(size)  # not `limit`: Python takes as much memory as it is asked for
+        return read_regular(self.find(name, field), f"{name} in {self.path}", field, limit)
 
     def _files(self, name: str) -> list[str] | None:
         path = self.find(name, "video")
         if not os.path.isdir(path):
             return None
         return [file for file in os.listdir(path) if not file.startswith(".")]
+
+
+def read_regular(path: str | Path, name: str, field: str, limit: int) -> bytes:
+    """The bytes of a file, which `name` stands for in messages; nothing is waited for.
+
+    Raises:
+      BadRow: it cannot be read, is no regular file, or has more than `limit` bytes.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise _too_large(name, field, size, limit)
+            return file.read(size)  # not `limit`: Python takes as much memory as it is asked for
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        known = reason == NOT_REGULAR
+        raise BadRow(f"field {field}: {name} {f'is {reason}' if known else f'cannot be read ({reason})'}") from None
+
+
+def _too_large(name: str, field: str, size: int, limit: int) -> BadRow:
+    return BadRow(f"field {field}: {name} has {size:,} bytes, more than {limit:,}")
 
 
 def _refuse_address(name: str, field: str) -> None:

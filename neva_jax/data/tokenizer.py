@@ -12,6 +12,7 @@ Text can never produce a special token: control pieces do not match text in Sent
 (`<extra_id_0>`) are made control pieces in the copies that encode; for `tokenizer.json` see `tokenizer_json.py`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from neva_jax.errors import UserError
 
 USER_DEFINED = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
 CONTROL = sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
+RECENT = 64  # texts whose tokens are kept: what a template writes, its system text above all, comes in every row
 
 
 class Tokenizer:
@@ -47,6 +49,7 @@ class Tokenizer:
         self.serialized, self._name = serialized, name
         codec = JsonCodec if _is_json(serialized) else SentencePieceCodec
         self._codec = codec(serialized, name, settings or {})
+        self._encode = functools.lru_cache(RECENT)(self._codec.encode)
         self.file = codec.file
 
     def __reduce__(self) -> tuple:
@@ -107,7 +110,7 @@ class Tokenizer:
 
     def encode(self, text: str, continues: bool) -> list[int]:
         """Token ids of a segment of text; `continues`: the segment follows another text without a token between."""
-        return self._codec.encode(text, continues)
+        return self._encode(text, continues).copy()
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens.

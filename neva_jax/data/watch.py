@@ -143,6 +143,18 @@ class Watched(Iterator):
         rows = [] if number is None else self.board.rows(number)
         return f"; it was making {self.describe(rows[0][0])}" if rows else ""
 
+    def state(self) -> str:
+        """How many batches are ready, and the row that each worker is making, for a message."""
+        lines = [f"{self._ready.qsize()} of {self._ready.maxsize} batches ready"]
+        names = {number: self._name(pid) for pid in self._processes if (number := self.board.number(pid)) is not None}
+        states = {number: _state(pid) for pid in self._processes if (number := self.board.number(pid)) is not None}
+        for worker in range(max(self.board.workers, 1)):
+            rows = self.board.rows(worker)
+            doing = f"at {self.describe(rows[0][0])} for {rows[0][1]:.0f} s" if rows else "making no row"
+            name = names.get(worker, f"data worker {worker}" if self.board.workers else "the reading threads")
+            lines.append(f"{name}{f', {states[worker]}' if states.get(worker) else ''}: {doing}")
+        return "; ".join(lines)
+
     def _stuck(self) -> str:
         text = f"no batch for data.worker_timeout={self.timeout:g} seconds"
         if not self.board.workers:

@@ -32,7 +32,8 @@ from neva_jax.models.llama import LayerCache, empty_cache
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import one_device_mesh, shardings
 from neva_jax.precision.policy import compute_dtype
-from neva_jax.training.checkpoint import available_components, load_components, locate, read_meta
+from neva_jax.training.checkpoint import available_components, locate, read_meta, verify
+from neva_jax.training.weights import load_components
 
 BUCKET = 64
 
@@ -107,8 +108,10 @@ class Engine:
         self._decode = jax.jit(partial(_decode, graphdef, tokenizer.size), donate_argnames="cache")
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "Engine":
+    def from_checkpoint(cls, path: str | Path, ema: bool = False) -> "Engine":
         """Loads a run, or one of its steps; weights are held in the compute dtype.
+
+        ema: the averaged weights (`optimizer.ema_decay`) of what the run trained.
 
         Raises:
           UserError: no checkpoint there, or one whose parts are missing.
@@ -116,6 +119,8 @@ class Engine:
         step_dir = locate(path)
         meta = read_meta(step_dir)
         sources = available_components(step_dir)
+        for used in {step_dir, *sources.values()}:
+            verify(used, "size")  # `neva_jax.checkpoint verify` compares the contents
         if lacking := [name for name in COMPONENTS if name not in sources]:
             raise UserError(f"{step_dir}: has no {' and no '.join(lacking)}")
         config = meta.config
@@ -129,7 +134,8 @@ class Engine:
             nnx.to_pure_dict(state),
             layout,
         )
-        return cls(config, meta.tokenizer, load_components(abstract, sources), graphdef)
+        params = load_components(abstract, sources, step_dir if ema else None)
+        return cls(config, meta.tokenizer, params, graphdef)
 
     def read_image(self, path: str | Path) -> Picture:
         """An image file as the model takes it; raises BadRow."""

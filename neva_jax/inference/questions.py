@@ -18,6 +18,7 @@ from neva_jax.data.stores import find_image
 from neva_jax.errors import UserError
 from neva_jax.files import replacing
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
+from neva_jax.parallel.peers import ALONE, Peers
 
 
 @dataclass(frozen=True)
@@ -89,32 +90,42 @@ def answer_questions(
     options: SamplingOptions,
     batch_size: int,
     model_id: str,
+    peers: Peers = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """Answers the questions of file `path` in batches, in order, with a progress bar.
+
+    Several processes take one batch each in turn, and all get all answers. A batch is the same for any number of them.
 
     Raises:
       UserError: an image that is missing or broken, with the line of its question.
     """
-    with tqdm(total=len(questions), unit="question", desc="answering") as bar:
-        for first in range(0, len(questions), batch_size):
-            group = questions[first : first + batch_size]
-            requests = [_request(engine, path, question, images) for question in group]
-            # Rows that fill up the last batch keep its shape, so that nothing is compiled again.
-            filled = requests + [requests[-1]] * (min(batch_size, len(questions)) - len(group))
-            try:
-                replies = engine.generate(filled, options)[: len(group)]
-            except BadRow as error:  # a Jinja template may refuse a conversation
-                raise UserError(f"{path}: lines {group[0].line} … {group[-1].line}: {error}") from None
-            for question, reply in zip(group, replies, strict=True):
-                yield {
-                    "question_id": question.id,
-                    "prompt": question.text,
-                    "text": reply.text.strip(),
-                    "answer_id": uuid5(NAMESPACE_URL, f"{model_id}/{question.id}/{reply.text}").hex,
-                    "model_id": model_id,
-                    "metadata": {"finish_reason": reply.finish_reason},
-                }
-            bar.update(len(group))
+
+    def answer(group: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        requests = [_request(engine, path, question, images) for question in group]
+        # Rows that fill up the last batch keep its shape, so that nothing is compiled again.
+        filled = requests + [requests[-1]] * (min(batch_size, len(questions)) - len(group))
+        try:
+            replies = engine.generate(filled, options)[: len(group)]
+        except BadRow as error:  # a Jinja template may refuse a conversation
+            raise UserError(f"{path}: lines {group[0].line} … {group[-1].line}: {error}") from None
+        for question, reply in zip(group, replies, strict=True):
+            yield {
+                "question_id": question.id,
+                "prompt": question.text,
+                "text": reply.text.strip(),
+                "answer_id": uuid5(NAMESPACE_URL, f"{model_id}/{question.id}/{reply.text}").hex,
+                "model_id": model_id,
+                "metadata": {"finish_reason": reply.finish_reason},
+            }
+
+    firsts = range(0, len(questions), batch_size)
+    with tqdm(total=len(questions), unit="question", desc="answering", disable=not peers.first) as bar:
+        for turn in range(0, len(firsts), peers.count):
+            own = firsts[turn + peers.index : turn + peers.index + 1]
+            answers = [row for first in own for row in answer(questions[first : first + batch_size])]
+            for rows in peers.exchange(answers):
+                yield from rows
+                bar.update(len(rows))
 
 
 def _request(engine: Engine, path: str | Path, question: Question, images: str | Path | None) -> Request:
@@ -124,9 +135,14 @@ def _request(engine: Engine, path: str | Path, question: Question, images: str |
         raise UserError(f"{path}: line {question.line}: {error}") from None
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows beside `path` and moves them there when all are written; returns their number."""
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]], writes: bool = True) -> int:
+    """Writes rows beside `path` and moves them there when all are written; returns their number.
+
+    `writes`: a process that does not only counts them.
+    """
     count = 0
+    if not writes:
+        return sum(1 for _ in rows)
     with replacing(path) as fresh, fresh.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -25,8 +25,9 @@ from neva_jax.configfile import to_yaml
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import padded_vocab
 from neva_jax.errors import UserError
+from neva_jax.files import readable
 from neva_jax.interop.names import Parameter, check_tensors, parameters
-from neva_jax.interop.output import check_folder, readable, replacing_folder
+from neva_jax.interop.output import check_folder, replacing_folder
 from neva_jax.interop.sources import Source, gather
 from neva_jax.interop.store import Block, LazyArray, chunk_shape, save
 from neva_jax.interop.tensors import DTYPES, Tensor, Tensors

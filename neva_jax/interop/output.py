@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neva_jax.errors import UserError
+from neva_jax.files import readable
 
 
 def check_folder(path: Path, force: bool, sources: tuple[Path, ...], size: int | None = None) -> None:
@@ -61,8 +62,3 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def readable(size: int) -> str:
-    """A number of bytes in GiB, or in MiB below one."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

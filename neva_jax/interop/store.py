@@ -20,6 +20,8 @@ from absl import logging
 
 from neva_jax.errors import UserError
 from neva_jax.training.checkpoint import FilesHandler, SaveFiles
+from neva_jax.training.disk import reason
+from neva_jax.training.retention import WRITING, seal
 
 CHUNK_BYTES = 16 * 2**20  # of one file: small enough that a device reads little more than its shard
 Block = tuple[tuple[slice | int, ...], np.ndarray]
@@ -102,30 +104,28 @@ def save(step_dir: Path, params: dict, files: dict[str, bytes]) -> None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)  # it warns that no jax.Array can be saved, which is meant
     try:
+        step_dir.parent.mkdir(parents=True, exist_ok=True)
+        writing = step_dir.with_name(step_dir.name + WRITING).resolve()
         state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
         items = ocp.CompositeCheckpointHandler(state=state, meta=FilesHandler())
         with ocp.Checkpointer(items) as checkpointer:
             checkpointer.save(
-                step_dir.resolve(),
+                writing,
                 ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params, "step": 0}), meta=SaveFiles(files)),
             )
+        seal(writing, step_dir)
     except (OSError, ValueError) as error:
-        raise UserError(f"{step_dir}: cannot be written ({_reason(error)})") from error
+        raise UserError(f"{step_dir}: cannot be written ({reason(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return "no space left on device" if "No space left" in text else text[:300]
 
 
 class SavedArrays:
     """The arrays of a checkpoint step, opened one at a time and read by index."""
 
-    def __init__(self, step_dir: Path):
-        """Raises UserError if the step holds no arrays that can be read."""
-        self._folder = step_dir / "state"
+    def __init__(self, step_dir: Path, item: str = "params"):
+        """`item`: `params`, or `ema` (averages). Raises UserError if the step holds no arrays that can be read."""
+        self._folder, self._item = step_dir / "state", item
         try:
             described = json.loads((self._folder / "_METADATA").read_text())
         except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ class SavedArrays:
 
     def open(self, path: Sequence[str]) -> tensorstore.TensorStore:
         """The parameter at `path` (component first); raises UserError if it cannot be read."""
-        name = ".".join(("params", *path))
+        name = ".".join((self._item, *path))
         if self._ocdbt:
             base = {"driver": "file", "path": f"{self._folder}/"}
             kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}

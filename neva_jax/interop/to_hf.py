@@ -18,15 +18,18 @@ from tqdm import tqdm
 
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.data.encoding import conversation_encoder
+from neva_jax.derived import trained_components
 from neva_jax.errors import UserError
+from neva_jax.files import readable
 from neva_jax.interop.export_config import llava_config, special_ids, text_config
 from neva_jax.interop.export_files import image_token_id, write_processor, write_tokenizer
 from neva_jax.interop.export_template import chat_template, obstacle, starts_with_bos
 from neva_jax.interop.names import Parameter, parameters
-from neva_jax.interop.output import check_folder, readable, replacing_folder
+from neva_jax.interop.output import check_folder, replacing_folder
 from neva_jax.interop.store import SavedArrays
 from neva_jax.interop.tensors import DTYPE_NAMES, SafetensorsWriter
 from neva_jax.training.checkpoint import Meta, available_components, locate, read_meta
+from neva_jax.training.weights import check_averaged
 
 BLOCK_BYTES = 64 * 2**20
 ROW_MULTIPLE = 64  # of the embedding, where it must grow for <image>, as in llava-hf's models
@@ -46,6 +49,7 @@ class Options:
     shard_gib: float = 4.0
     max_length: int | None = None
     force: bool = False
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ def to_hf(options: Options, say: Callable[[str], None] = print) -> None:
     """
     step_dir = locate(options.checkpoint)
     meta, sources = read_meta(step_dir), available_components(step_dir)
+    if options.ema:
+        check_averaged(step_dir)
     wanted = ("llm",) if options.text_only else COMPONENTS
     if lacking := [name for name in wanted if name not in sources]:
         hint = "; --text-only exports the language model" if "llm" not in lacking else ""
@@ -132,7 +138,8 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _entries(component: str, config: Config, rows: int, step_dir: Path, options: Options) -> Iterator[Entry]:
-    saved = SavedArrays(step_dir)
+    averaged = options.ema and step_dir == locate(options.checkpoint) and component in trained_components(config.model)
+    saved = SavedArrays(step_dir, "ema" if averaged else "params")
     prefix = "" if options.text_only else PREFIXES[component]
     for parameter in parameters(component, config.model, rows):
         store = saved.open((component, *parameter.path))

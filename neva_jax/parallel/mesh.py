@@ -68,7 +68,7 @@ def in_order(devices: Sequence[Any]) -> list[Any]:
 
 def one_device_mesh() -> Mesh:
     """The mesh of a command that runs on a single device."""
-    return make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
+    return make_mesh(dict.fromkeys(MESH_AXES, 1), jax.local_devices()[:1])
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -105,6 +105,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def ways(axis: str) -> int:
     """Into how many parts the current mesh (`jax.set_mesh`) splits a logical axis; 1 where none is set."""
     return _ways(jax.sharding.get_abstract_mesh().shape, _mesh_axes(axis))
+
+
+def ways_of(mesh: Mesh, axis: str) -> int:
+    """Into how many parts a mesh splits a logical axis."""
+    return _ways(mesh.shape, _mesh_axes(axis))
 
 
 def _ways(shape: Mapping[str, int], part: str | tuple[str, ...] | None) -> int:
@@ -182,12 +187,43 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def place_batch(mesh: Mesh, batch: dict[str, Any], accumulate: int) -> dict[str, jax.Array]:
-    """Host arrays [B, ...] -> device arrays [A, B/A, ...], rows spread over the axes of `batch`.
+def own_rows(mesh: Mesh, size: int, accumulate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the `size` rows of a global batch lie on devices of this process.
 
-    Micro batch a holds rows a*B/A ... (a+1)*B/A - 1, whatever the mesh.
+    Returns:
+      rows: their numbers, ascending. told: [len(rows)] bool, those that no process before this one has as well: each
+      row of a batch is told by one process, however many read it (where `tensor` reaches across processes).
+    """
+    columns = size // accumulate
+    parts = NamedSharding(mesh, spec(("batch",))).devices_indices_map((columns,))
+    reader = np.full(columns, jax.process_count())
+    mine = np.zeros(columns, bool)
+    for device, (part,) in parts.items():
+        reader[part] = np.minimum(reader[part], device.process_index)
+        mine[part] |= device.process_index == jax.process_index()
+    held = np.flatnonzero(mine)
+    rows = np.concatenate([micro * columns + held for micro in range(accumulate)])
+    return rows, np.tile(reader[held] == jax.process_index(), accumulate)
+
+
+def place_batch(mesh: Mesh, batch: dict[str, Any], accumulate: int) -> dict[str, jax.Array]:
+    """Host arrays [b, ...] of this process's rows -> device arrays [A, B/A, ...], rows spread over the axes of `batch`.
+
+    b is B for one process; for several, the rows are those of `own_rows`. Micro batch a holds rows a*B/A ...
+    (a+1)*B/A - 1, whatever the mesh.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, *spec(("batch",))))
-    return {
-        name: jax.device_put(array.reshape(accumulate, -1, *array.shape[1:]), sharding) for name, array in batch.items()
-    }
+    groups = ways_of(mesh, "batch")
+    held, _ = own_rows(mesh, groups, 1)
+
+    def place(array: np.ndarray) -> jax.Array:
+        local = array.reshape(accumulate, -1, *array.shape[1:])
+        each = local.shape[1] // len(held)  # columns of a group
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first = int(np.searchsorted(held, (index[1].start or 0) // each)) * each
+            return local[:, first : first + each]
+
+        return jax.make_array_from_callback((accumulate, each * groups, *local.shape[2:]), sharding, shard)
+
+    return {name: place(array) for name, array in batch.items()}

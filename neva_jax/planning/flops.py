@@ -61,8 +61,8 @@ def flops_per_row(config: Config, backend: str) -> Flops:
     )
 
     again = recomputed_fraction(config)
-    recomputed = attention * 0.5 if backend == "cudnn" else 0.0  # the kernel's backward pass computes scores again
-    if train.remat == "dots" and backend == "cudnn":
+    recomputed = attention * 0.5 if backend != "xla" else 0.0  # the kernel's backward pass computes scores again
+    if train.remat == "dots" and backend != "xla":
         recomputed += again * attention  # a kernel's result is no `dot`, so the policy does not save it
     elif train.remat == "full":
         # Nothing reads what the last product of a group adds to the residual stream.

@@ -2,7 +2,7 @@
 
 A value is a buffer only where XLA has to write it down:
 
-    writes    dot, reduction, gather, scatter, sort, loop                    their results are buffers
+    writes    dot, reduction, gather, scatter, sort, loop, random bits       their results are buffers
     reads     dot, sort, loop, condition, and the program's result           their operands are buffers too
     fused     everything else (elementwise, broadcast, reshape, convert …)   no buffer, unless something above reads it;
                                                                              what it was computed from lives on instead
@@ -13,8 +13,8 @@ A value is a buffer only where XLA has to write it down:
 
 Buffers live from the line that writes them to the last line that reads them, in the order of the trace. A loop holds
 its carry once, its stacked results from the start, and one iteration's buffers (`unroll` iterations' where it is
-unrolled: XLA schedules them together). Inputs of the program are the caller's and count nothing, nor do slices of them
-that are fused into their readers.
+unrolled: XLA schedules them together). Random bits hold four times their size. Inputs of the program are the caller's
+and count nothing, nor do slices of them that are fused into their readers.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,17 @@ from typing import Any, NamedTuple
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 _STRICT = {"dot_general", "conv_general_dilated", "scan", "while", "cond", "sort", "pure_callback"}
-_WRITES = {"gather", "scatter", "scatter-add", "scatter_add", "dynamic_update_slice", "argsort", "top_k", "cumsum"}
+_WRITES = {
+    "gather",
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "dynamic_update_slice",
+    "argsort",
+    "top_k",
+    "cumsum",
+    "random_bits",
+}
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "sharding_constraint", "optimization_barrier"}
 _INLINED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -98,6 +108,8 @@ def _flatten(jaxpr: Jaxpr) -> tuple[_Program, list[int], list[int]]:
                 env |= {var: program.new(var.aval) if r < 0 else r for var, r in zip(eqn.outvars, results, strict=True)}
                 continue
             results = [program.new(var.aval) for var in eqn.outvars]
+            if eqn.primitive.name == "random_bits":  # threefry: two words of a counter and two of its cipher for one
+                program.sizes[results[0]] *= 4
             env |= dict(zip(eqn.outvars, results, strict=True))
             program.lines.append(_Line(eqn.primitive.name, eqn.params, operands, results, *_scan_split(eqn)))
         return [read(atom) for atom in jaxpr.outvars]

@@ -3,12 +3,13 @@
     masters       trained parameters, fp32
     frozen        frozen parameters in their storage dtype
     moments       Adam's two, fp32
+    average       of the trained parameters, fp32 (`optimizer.ema_decay`)
     batch         the step's rows, all micro batches
     kept          what the forward pass keeps for the backward pass
     gradients     of the trained parameters, fp32; twice where micro batches are accumulated
     temporary     the rest of the peak: logits of a chunk, a layer computed again, gathered or cast weights …
 
-The first four are shapes divided by the one logical-axis table. `kept` is what `jax.vjp` returns for the real model,
+The first five are shapes divided by the one logical-axis table. `kept` is what `jax.vjp` returns for the real model,
 `temporary` comes from walking the traced program (`liveness.py`). Where a copy is the compiler's choice (layout copies,
 padding, fragmentation) nothing is counted: docs/planning.md says how far measurements lie from this.
 """
@@ -44,6 +45,7 @@ class Memory:
     masters: int
     frozen: int
     moments: int
+    average: int
     batch: int
     kept: int
     gradients: int
@@ -57,7 +59,7 @@ class Memory:
     @property
     def arguments(self) -> int:
         """What exists between steps: the compiled step's arguments."""
-        return self.masters + self.frozen + self.moments + self.batch
+        return self.masters + self.frozen + self.moments + self.average + self.batch
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,10 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
     memory = Memory(
-        masters=local_bytes(trained),
+        masters=local_bytes(trained) * (1 if config.optimizer.ema_decay is None else 2),  # and their average
         frozen=local_bytes(frozen),
         moments=local_bytes(moments),
+        average=0 if config.optimizer.ema_decay is None else local_bytes(trained),
         batch=sum(map(nbytes, batch_shapes(config, accumulate, config.train.micro_batch).values())),
         kept=kept,
         gradients=gradients,

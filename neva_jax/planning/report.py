@@ -24,6 +24,7 @@ WORDS = {
     "masters": "trained parameters, fp32",
     "frozen": "frozen parameters",
     "moments": "Adam's moments",
+    "average": "moving average of the trained, fp32",
     "batch": "batch",
     "kept": "activations kept for the backward pass",
     "gradients": "gradients, fp32",
@@ -113,7 +114,7 @@ def heading(plan: Estimate) -> list[str]:
     counts = parameter_counts(plan)
     trained, frozen = trained_components(config.model), frozen_components(config.model)
     data, train = config.data, config.train
-    return [
+    lines = [
         f"{'+'.join(trained)} trained ({sum(counts[n] for n in trained) / 1e9:.3f} B), "
         f"{'+'.join(frozen) or 'nothing'} frozen ({sum(counts[n] for n in frozen) / 1e9:.3f} B); "
         f"{config.precision.compute}, attention {plan.backend}, remat {remat_text(plan)}",
@@ -121,6 +122,12 @@ def heading(plan: Estimate) -> list[str]:
         f"{data.max_length} tokens per step: {plan.accumulate} x {train.micro_batch} for each of "
         f"{plan.sizes['data'] * plan.sizes['fsdp']} groups",
     ]
+    if config.precision.compute.startswith("fp8"):
+        lines.append(
+            "FP8 is planned like bf16: a frozen weight takes 2 bytes either way (FP8 in two layouts, or bf16); "
+            "activations kept in FP8 may take less"
+        )
+    return lines
 
 
 def remat_text(plan: Estimate) -> str:
@@ -145,10 +152,15 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     return [line.rstrip() for line in aligned]
 
 
+def _parts(memories: Sequence[Memory]) -> list[str]:
+    """Names of the parts to show: all, but an average only where there is one."""
+    return [name for name in WORDS if name != "average" or any(memory.average for memory in memories)]
+
+
 def memory_table(memory: Memory, compiled: Compiled | None, beside: Memory | None) -> list[str]:
     """One line per part. `beside` is the estimate for the platform that compiled, whose sums stand next to XLA's."""
     rows = [["per device", "GiB"]]
-    rows += [[WORDS[name], f"{getattr(memory, name) / GIB:.2f}"] for name in WORDS]
+    rows += [[WORDS[name], f"{getattr(memory, name) / GIB:.2f}"] for name in _parts([memory])]
     rows.append(["peak", f"{memory.total / GIB:.2f}"])
     lines = table(rows)
     if compiled is None or beside is None:
@@ -228,7 +240,8 @@ def sweep_table(layouts: Sequence[Layout], memory_gib: float) -> list[str]:
 
 def layers_table(plans: Sequence[Estimate], memory_gib: float) -> list[str]:
     """Memory against the number of layers."""
-    rows = [["layers", "GiB", *WORDS, "fits"]]
+    parts = _parts([plan.memory for plan in plans])
+    rows = [["layers", "GiB", *parts, "fits"]]
     for plan in plans:
         memory = plan.memory
         fits = memory.total <= limit_bytes(memory_gib)
@@ -236,7 +249,7 @@ def layers_table(plans: Sequence[Estimate], memory_gib: float) -> list[str]:
             [
                 str(plan.config.model.llm.num_layers),
                 f"{memory.total / GIB:.1f}",
-                *(f"{getattr(memory, name) / GIB:.2f}" for name in WORDS),
+                *(f"{getattr(memory, name) / GIB:.2f}" for name in parts),
                 "yes" if fits else "no",
             ]
         )

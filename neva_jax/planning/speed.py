@@ -15,6 +15,8 @@ What is sent, for each of the A micro batches of a step (B rows of T tokens per 
     tensor   all-reduce of [B, T, D]: two per layer forward, two backward (Shoeybi et al. 2019, section 3), one more
              where a layer is computed again; with sequence parallelism each as reduce-scatter and all-gather, the same
              bytes (Korthikanti et al. 2022, section 4.2.2); one each for the embedding and the head's backward pass
+    tensor   with mesh.vision_tensor=false instead of the encoder's: all-gather of its features, and all-reduce of its
+             gradients where it is trained, because each device has other images
 
 Gradients travel in the compute dtype, because XLA reduces a product's result before it is converted to fp32.
 
@@ -34,7 +36,7 @@ import numpy as np
 
 from neva_jax.config import MESH_AXES, Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import trained_components
+from neva_jax.derived import patch_grid, trained_components
 from neva_jax.planning.flops import (
     Flops,
     flops_per_row,
@@ -131,7 +133,7 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
     data, fsdp, tensor = (sizes[axis] for axis in MESH_AXES)
     item = jnp.dtype(compute_dtype(config.precision)).itemsize
 
-    gathered = reduced = whole = 0.0
+    gathered = reduced = whole = encoder = 0.0
     for name, tree in plan.layout.items():
         forward_only = name == "vision" and config.model.vision.freeze
         for leaf in jax.tree.leaves(tree):
@@ -141,6 +143,7 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
             if name in trained_components(config.model):
                 reduced += held * fsdp if split else 0.0
                 whole += held
+                encoder += held if name == "vision" else 0.0
     yield "all-gather", "weights", "fsdp", steps * gathered * _share(fsdp)
     yield "reduce-scatter", "gradients", "fsdp", steps * reduced * _share(fsdp)
     if config.mesh.zero1:
@@ -158,6 +161,9 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
         yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
     else:
         yield "all-reduce", "activations", "tensor", 2 * (llm_bytes + vision_bytes)
+    if not config.mesh.vision_tensor:
+        yield "all-gather", "image features", "tensor", ring * _image_features(config) * item
+        yield "all-reduce", "encoder's gradients", "tensor", 2 * ring * encoder
 
 
 def _llm_activations(config: Config) -> float:
@@ -173,6 +179,13 @@ def _vision_activations(config: Config) -> float:
     vision, images = config.model.vision, config.train.micro_batch * tiles_per_row(config)
     each = vision_tokens(vision) * vision.hidden_size
     return images * each * vision_layers(vision) * (2 if vision.freeze else 4)
+
+
+def _image_features(config: Config) -> float:
+    """Values that the encoder gives the projector per micro batch."""
+    vision, images = config.model.vision, config.train.micro_batch * tiles_per_row(config)
+    tokens = patch_grid(vision) ** 2 + (vision.select_feature == "cls_patch")
+    return float(images * tokens * vision.hidden_size)
 
 
 def _share(ways: int) -> float:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from neva_jax.config import MESH_AXES, Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.derived import dropout_seed, frozen_components, head_dim, kv_heads, padded_vocab, trained_components
+from neva_jax.errors import UserError
 from neva_jax.models import layers
 from neva_jax.models.attention import Backends
 from neva_jax.models.layers import Remat
@@ -54,14 +55,29 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def attention_backend(config: Config) -> str:
-    """What `models.attention.choose_backend` takes on an NVIDIA GPU from Ampere on, whatever machine plans."""
-    width = head_dim(config.model.llm)
-    fits = compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
-    if config.data.pack or config.model.llm.attention_dropout:
-        return "xla"  # the other kernel has neither
-    if config.model.attention == "auto":
-        return "cudnn" if fits else "xla"
-    return config.model.attention
+    """The kernel that training takes on an NVIDIA GPU from Ampere on, whatever machine plans: `xla`, `cudnn` or `te`.
+
+    Packed rows under `auto` are planned with XLA's, which needs the most: Transformer Engine may not be installed.
+
+    Raises:
+      UserError: `cudnn` or `te` is asked for where training would refuse it.
+    """
+    name, width, rate = config.model.attention, head_dim(config.model.llm), config.model.llm.attention_dropout
+    dtype = compute_dtype(config.precision)
+    fits = dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    asked = name == "cudnn" or (name == "te" and config.data.pack)
+    if asked and rate:
+        raise UserError(f"model.attention={name} has no dropout (model.llm.attention_dropout={rate}); use auto or xla")
+    if asked and not fits:
+        raise UserError(
+            f"model.attention={name} needs bf16 (here {jnp.dtype(dtype).name}), and a head width divisible by 8 and at "
+            f"most 128 (here {width}); use auto"
+        )
+    if name == "xla" or rate or not fits:
+        return "xla"
+    if config.data.pack:
+        return "te" if name == "te" else "xla"
+    return "cudnn"
 
 
 def batch_shapes(config: Config, accumulate: int, rows: int, mesh: jax.sharding.Mesh | None = None) -> Arrays:
@@ -106,10 +122,12 @@ def traced(config: Config, tensor: int, backend: str) -> Traced:
     Args:
       config: its accumulation is left out; `memory.py` adds what that holds.
       tensor: size of the tensor axis, which divides heads, MLP width and vocabulary.
-      backend: `cudnn` or `xla`.
+      backend: `xla`, `cudnn` or `te`.
     """
-    graphdef, trained, frozen = _model(share_of_tensor(config, tensor), backend, tensor)
-    chunk, packed = config.train.loss_chunk, config.data.pack
+    # Transformer Engine's kernel for packed rows keeps what cuDNN's keeps for rows of one segment.
+    kernel, packed = ("xla", config.data.pack) if backend == "xla" else ("cudnn", False)
+    graphdef, trained, frozen = _model(share_of_tensor(config, tensor), kernel, tensor)
+    chunk = config.train.loss_chunk
     rng = None if dropout_seed(config) is None else jax.random.key(0)
     batch = batch_shapes(config, 1, config.train.micro_batch)
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)

@@ -1,19 +1,25 @@
-"""Checkpoints: written asynchronously by Orbax, complete or absent, and self-describing.
+"""Checkpoints: written in the background, complete or absent, and self-describing.
 
     RUN/checkpoints/STEP/
-      state/    params (by component), optimizer, step: arrays, each process writes its shards
-      data/     JSON: samples consumed, bad rows met
-      meta/     meta.json (format, step, configuration, components, base, tokenizer, versions) and the tokenizer's
-                file as it was: tokenizer.model or tokenizer.json (meta.json then tells its bos_token and eos_token)
+      state/         params (by component), optimizer, step, and ema where it is on: arrays, each process writes its
+                     shards
+      data/          JSON: samples consumed, plan of the rows, val_losses (step -> val_loss, of the run so far)
+      meta/          meta.json (format, step, configuration, components, base, tokenizer, versions) and the tokenizer's
+                     file as it was: tokenizer.model or tokenizer.json (meta.json then tells its bos_token, eos_token)
+      manifest.json  size and digest of every other file
 
 `params` holds the trained components, and the frozen ones too unless they can be read from `base`, the checkpoint
 that the run started from. Reading parameters follows that chain.
+
+A save has three parts: the arrays are copied from the device (training waits); Orbax writes them to `STEP.writing`; the
+manifest is made from what lies there, and `STEP.writing` becomes `STEP`. Only then are older checkpoints deleted.
 """
 
-import dataclasses
 import json
-import operator
-from collections.abc import Sequence
+import logging
+import shutil
+import threading
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +30,19 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from neva_jax.config import Config
+from neva_jax.config import COMPONENTS, Config
 from neva_jax.configfile import config_from_dict, to_dict
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.derived import head_dim, kv_heads
-from neva_jax.errors import UserError
+from neva_jax.errors import RunError, UserError
+from neva_jax.files import readable
+from neva_jax.training.disk import free_there, reason
+from neva_jax.training.manifest import NAME as MANIFEST
+from neva_jax.training.manifest import DamagedCheckpoint, Level, Progress, check_manifest
+from neva_jax.training.retention import WRITING, Retention, remove, seal, steps_in
 
-FORMAT = 1
+FORMAT = 2  # 1 had neither a manifest nor averaged weights
 CHUNK_BYTES = 64 * 2**20
+MOST_FAILURES = 2  # saves in a row that may fail before the run stops
 VERSIONED = ("neva_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -39,9 +50,10 @@ class FilesHandler(ocp.CheckpointHandler):
     """Small files as one item of a checkpoint, committed together with its arrays."""
 
     def save(self, directory: epath.Path, args: "SaveFiles") -> None:
-        """Writes the files into the item's directory."""
-        for name, content in args.files.items():
-            (directory / name).write_bytes(content)
+        """Writes the files into the item's directory: one process does, the files are the same for all."""
+        if jax.process_index() == 0:
+            for name, content in args.files.items():
+                (directory / name).write_bytes(content)
 
     def restore(self, directory: epath.Path, args: "RestoreFiles | None" = None) -> dict[str, bytes]:
         """Reads all files of the item's directory."""
@@ -64,13 +76,17 @@ class RestoreFiles(ocp.args.CheckpointArgs):
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` says, and the tokenizer that lies beside it."""
+    """What `meta.json` says, and the tokenizer that lies beside it.
+
+    ema: the checkpoint has the moving average of its trained components too.
+    """
 
     step: int
     config: Config
     components: tuple[str, ...]
     base: str | None
     tokenizer: Tokenizer
+    ema: bool = False
 
     def files(self) -> dict[str, bytes]:
         """The files of the item `meta`."""
@@ -79,6 +95,7 @@ class Meta:
             "step": self.step,
             "components": list(self.components),
             "base": self.base,
+            "ema": self.ema,
             "template": self.config.data.template,
             "tokenizer": {
                 "file": self.tokenizer.file,
@@ -103,18 +120,18 @@ def _version(name: str) -> str | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest checkpoint in a folder of steps, or None. (One that was being written has another name until then.)
+    """The newest checkpoint in a folder of steps, or None. (One that is being written has another name until then.)
 
     Raises:
-      UserError: the newest is damaged.
+      DamagedCheckpoint: the newest is damaged.
     """
-    steps = sorted((int(path.name) for path in folder.glob("*") if path.name.isdigit()), reverse=True)
-    if steps and not (folder / str(steps[0]) / "meta" / "meta.json").is_file():
-        raise UserError(
-            f"{folder / str(steps[0])}: is damaged, it has no meta/meta.json; move it away to go back to "
-            f"{f'step {steps[1]}' if steps[1:] else 'the start'}"
+    steps = steps_in(folder)
+    if steps and not (folder / str(steps[-1]) / "meta" / "meta.json").is_file():
+        raise DamagedCheckpoint(
+            f"{folder / str(steps[-1])}: is damaged, it has no meta/meta.json; move it away to go back to "
+            f"{f'step {steps[-2]}' if steps[1:] else 'the start'}"
         )
-    return steps[0] if steps else None
+    return steps[-1] if steps else None
 
 
 def locate(path: str | Path) -> Path:
@@ -136,18 +153,70 @@ def read_meta(step_dir: Path) -> Meta:
     """Reads the item `meta` of a checkpoint step.
 
     Raises:
-      UserError: unreadable, written by a newer format, or a tokenizer that is not the one it was saved with.
+      DamagedCheckpoint: unreadable, or a tokenizer that is not the one it was saved with.
+      UserError: written by a newer format, or another step than the folder's name says.
     """
     path = step_dir / "meta" / "meta.json"
     try:
-        described = json.loads(path.read_text())
-        if described["format"] != FORMAT:
-            raise UserError(f"{path}: is of format {described['format']}; this version reads {FORMAT}")
+        described = _migrated(json.loads(path.read_text()), path)
         tokenizer = _read_tokenizer(step_dir / "meta", described)
         config = config_from_dict(described["config"])
-        return Meta(described["step"], config, tuple(described["components"]), described["base"], tokenizer)
+        components = tuple(described["components"])
+        if unknown := sorted(set(components) - set(COMPONENTS)):
+            raise ValueError(f"unknown components {unknown}")
+        meta = Meta(described["step"], config, components, described["base"], tokenizer, described["ema"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is broken ({error!r})") from None
+        raise DamagedCheckpoint(f"{path}: is broken ({error!r})") from None
+    if step_dir.name.isdecimal() and int(step_dir.name) != meta.step:
+        raise UserError(f"{step_dir}: is the checkpoint of step {meta.step}; give the folder that name back")
+    return meta
+
+
+def _migrated(described: dict, path: Path) -> dict:
+    """meta.json in today's format.
+
+    Raises:
+      UserError: a format that this version does not know.
+    """
+    written = described["format"]
+    if written == 1:
+        described = {**described, "ema": False}
+    elif written != FORMAT:
+        newer = isinstance(written, int) and written > FORMAT
+        hint = "was written by a newer neva_jax; install that one" if newer else "no version of neva_jax wrote that"
+        raise UserError(f"{path}: is of format {written}, this version reads 1 to {FORMAT}: {hint}")
+    return described
+
+
+def verify(step_dir: Path, level: Level, progress: Progress | None = None) -> str | None:
+    """Holds a checkpoint against its manifest; one of format 1 has none, and its structure is looked at instead.
+
+    Returns:
+      What should be said of it: that it has no manifest. None: it is what was saved.
+
+    Raises:
+      DamagedCheckpoint: a file differs (which, and how), or the manifest is missing.
+    """
+    if level == "off":
+        return None
+    if not (step_dir / MANIFEST).exists() and _format(step_dir) == 1:
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                count = len(jax.tree.leaves(checkpointer.metadata((step_dir / "state").resolve()).item_metadata.tree))
+            json.loads((step_dir / "data" / "metadata").read_text()) if (step_dir / "data").exists() else None
+        except Exception as error:
+            raise DamagedCheckpoint(f"{step_dir}: its state/ or data/ cannot be read ({reason(error)})") from None
+        return f"{step_dir}: is of format 1, which had no digests: its {count} arrays are there, their contents unknown"
+    check_manifest(step_dir, level, progress)
+    return None
+
+
+def _format(step_dir: Path) -> int:
+    path = step_dir / "meta" / "meta.json"
+    try:
+        return json.loads(path.read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}: is broken ({error!r})") from None
 
 
 def _read_tokenizer(folder: Path, described: dict) -> Tokenizer:
@@ -161,9 +230,9 @@ def _read_tokenizer(folder: Path, described: dict) -> Tokenizer:
     try:
         tokenizer = Tokenizer(path.read_bytes(), str(path), kept)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
     if tokenizer.sha256 != described["tokenizer"]["sha256"]:
-        raise UserError(f"{path}: is not the file that the checkpoint was saved with")
+        raise DamagedCheckpoint(f"{path}: is not the file that the checkpoint was saved with")
     return tokenizer
 
 
@@ -176,59 +245,185 @@ def _chunks(path: tuple, array: jax.Array) -> ocp.SaveArgs:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last save when it is left."""
+    """The checkpoints of one run; a context manager that waits for the last save when it is left.
 
-    def __init__(self, run_dir: str | Path, keep: int | None):
+    A save that fails is told by `news` and tried again by the next one; `MOST_FAILURES` in a row raise RunError, as
+    does the last one of all. All methods are called by every process alike; process 0 does what is done once.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: int | None, keep_every: int | None = None, keep_best: int = 0):
         self.directory = Path(run_dir).resolve() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.retention = Retention(keep, keep_every, keep_best)
+        self.blocked = 0.0  # seconds for which training waited for the last `save`
+        # When one array cannot be written Orbax raises that, and asyncio prints all the others.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        # Folders are made at once: where they cannot be, the background would wait for them for minutes.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._step = -1
+        self._failures, self._failure = 0, ""
+        self._news: list[str] = []
+
+    @classmethod
+    def of(cls, config: Config) -> "Checkpoints":
+        """Those of a run, kept as its configuration says."""
+        kept = config.checkpoint
+        return cls(config.run.dir, kept.keep, kept.keep_every, kept.keep_best)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # the error that is under way matters more than one of saving
+        self._checkpointer.close()
 
-    def save(self, step: int, params: dict, optimizer: Any, data: dict, meta: Meta, fp8: dict | None = None) -> None:
-        """Starts to save; returns once the arrays are copied, and they are written while training goes on."""
-        state = {"params": params, "optimizer": optimizer, "step": step, **({"fp8": fp8} if fp8 else {})}
+    def save(
+        self,
+        step: int,
+        params: dict,
+        optimizer: Any,
+        data: dict,
+        meta: Meta,
+        ema: dict | None = None,
+        fp8: dict | None = None,
+    ) -> None:
+        """Starts to save; returns once the arrays are copied, and they are written while training goes on.
+
+        Args:
+          data: `val_losses` in it (step -> loss; JSON makes text of the steps) decides which checkpoints are the best.
+          ema, fp8: the averaged weights and the FP8 state; None or empty: there are none.
+
+        Raises:
+          RunError: the saves before this one failed, and so did this one.
+        """
+        begun = time.monotonic()
+        self._join()
+        if (there := steps_in(self.directory)) and there[-1] >= step:
+            raise RuntimeError(f"{self.directory}: step {step} cannot be saved; step {there[-1]} is there")
+        self._step = step
+        state = {"params": params, "optimizer": optimizer, "step": step} | ({"ema": ema} if ema else {})
+        state |= {"fp8": fp8} if fp8 else {}
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(), state)
-        chunks["params"] = jax.tree_util.tree_map_with_path(_chunks, params)
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state, save_args=chunks),
-                data=ocp.args.JsonSave(data),
-                meta=SaveFiles(meta.files()),
-            ),
+        for name in ("params", "ema"):
+            if name in state:
+                chunks[name] = jax.tree_util.tree_map_with_path(_chunks, state[name])
+        writing = self.directory / f"{step}{WRITING}"
+        try:
+            if not self.directory.is_dir():  # Orbax would make it again, perhaps below a mount that is gone
+                raise FileNotFoundError("the directory is gone")
+            if jax.process_index() == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+            self._checkpointer.save(
+                writing,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state, save_args=chunks),
+                    data=ocp.args.JsonSave(data),
+                    meta=SaveFiles(meta.files()),
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed(error)
+            return
+        self.blocked = time.monotonic() - begun
+        losses = {int(step): loss for step, loss in data.get("val_losses", {}).items()}
+        self._thread = threading.Thread(target=self._complete, args=(step, begun, losses), name="checkpoint")
+        self._thread.start()
+
+    def _complete(self, step: int, begun: float, val_losses: dict[int, float]) -> None:
+        """What is left of a save, in a thread of its own: until Orbax has written, then manifest, name, and pruning."""
+        try:
+            self._checkpointer.wait_until_finished()  # of all processes
+            if jax.process_index() != 0:
+                return
+            step_dir = self.directory / str(step)
+            size = seal(self.directory / f"{step}{WRITING}", step_dir)
+            check_manifest(step_dir, "size")  # as it can be read from now on
+            seconds, waited = time.monotonic() - begun, self.blocked * 1000
+            self._news.append(
+                f"checkpoint {step}: {readable(size)} in {seconds:.2f} s; training waited {waited:.0f} ms"
+            )
+        except Exception as error:
+            self._error = error
+            return
+        for old in set(steps := steps_in(self.directory)) - self.retention.kept(steps, val_losses):
+            try:
+                remove(self.directory / str(old))
+            except OSError as error:
+                self._news.append(f"checkpoint {old} should go, but cannot be deleted ({reason(error)})")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            self._failed(error)
+        elif self._step >= 0:
+            self._failures = 0
+
+    def _failed(self, error: Exception) -> None:
+        """Counts and tells a save that failed; raises RunError where there were too many."""
+        self._failures += 1
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"{self._step}{WRITING}*"):  # what lies there takes up space
+                shutil.rmtree(path, ignore_errors=True)
+        steps = steps_in(self.directory)
+        good = f"step {steps[-1]} is the newest good one" if steps else "there is none yet"
+        self._failure = (
+            f"{self.directory}: checkpoint {self._step} could not be written "
+            f"({reason(error)}; {free_there(self.directory)}); {good}"
         )
-        if not saved:
-            raise RuntimeError(f"{self.directory}: Orbax did not save step {step}; a later step is there")
+        self._step = -1
+        if self._failures >= MOST_FAILURES:
+            raise RunError(f"{self._failure}; {self._failures} saves in a row failed") from error
+        self._news.append(f"{self._failure}; training goes on, the next save tries again")
+
+    def news(self) -> list[str]:
+        """Lines for people, about saves that ended since the last call."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._join()
+        lines, self._news = self._news, []
+        return lines
 
     def wait(self) -> None:
-        """Returns when the last save is complete on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete on disk; raises RunError where it failed."""
+        self._join()
+        if self._failures:
+            raise RunError(self._failure)
 
     def restore_fp8(self, step: int, fp8: dict) -> dict:
         """The FP8 state of a step onto the shardings of `fp8`, a tree of `jax.ShapeDtypeStruct`."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=_restore_args({"fp8": fp8})))
-        return restored["state"]["fp8"]
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(self.directory / str(step) / "state", args=restore_args({"fp8": fp8}))["fp8"]
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
         """The checkpoint of a step: (params, optimizer state, data), straight onto the shardings of the arguments.
 
         Args:
           params, optimizer: trees of `jax.ShapeDtypeStruct` with shardings; parts of the saved params may be left out.
+
+        Raises:
+          DamagedCheckpoint: it cannot be read.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=_restore_args({"params": params, "optimizer": optimizer}), data=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"]["params"], restored["state"]["optimizer"], restored["data"]
+        step_dir = self.directory / str(step)
+        try:
+            data = json.loads((step_dir / "data" / "metadata").read_text())
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                abstract = {"params": params, "optimizer": optimizer}
+                state = checkpointer.restore(step_dir / "state", args=restore_args(abstract))
+        except Exception as error:  # TensorStore raises a bare one
+            raise DamagedCheckpoint(f"{step_dir}: cannot be restored ({reason(error)})") from error
+        return state["params"], state["optimizer"], data
 
 
-def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    """Arguments that restore the leaves of `abstract`, and no others, onto their shardings."""
     return ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -252,58 +447,3 @@ def available_components(path: str | Path) -> dict[str, Path]:
             raise UserError(f"{step_dir}: its base cannot be read: {error}") from None
         found = {**base, **found}
     return found
-
-
-def load_components(abstract: dict, sources: dict[str, Path]) -> dict:
-    """Reads components straight onto their shards.
-
-    Args:
-      abstract: component -> tree of `jax.ShapeDtypeStruct` with shardings; dtypes are converted.
-      sources: component -> checkpoint step, as `available_components` says.
-
-    Raises:
-      UserError: a parameter that the checkpoint lacks or has in another shape.
-    """
-    params = {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        for step_dir in sorted({sources[name] for name in abstract}):
-            wanted = {name: tree for name, tree in abstract.items() if sources[name] == step_dir}
-            state_dir = (step_dir / "state").resolve()
-            saved = checkpointer.metadata(state_dir).item_metadata if state_dir.is_dir() else None
-            if saved is None:
-                raise UserError(f"{step_dir}: is damaged, its state/ cannot be read; take another step")
-            _check_shapes(wanted, saved.tree["params"], step_dir)
-            params |= checkpointer.restore(state_dir, args=_restore_args({"params": wanted}))["params"]
-    return {name: params[name] for name in abstract}
-
-
-def _check_shapes(wanted: dict, saved: dict, step_dir: Path) -> None:
-    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
-        name = ".".join(str(part.key) for part in path)
-        if path not in shapes:
-            raise UserError(f"{step_dir}: has no parameter {name}, which the configured model needs")
-        if tuple(shapes[path]) != tuple(leaf.shape):
-            raise UserError(f"{step_dir}: {name} has shape {tuple(shapes[path])}, the configured model {leaf.shape}")
-
-
-MAY_DIFFER = (
-    *("freeze", "init_std", "scaled_output_init", "position_init_std"),
-    *("hidden_dropout", "attention_dropout", "ffn_dropout"),
-)
-RESOLVED = {"num_kv_heads": kv_heads, "head_dim": head_dim}  # keys that may be left to a rule
-
-
-def check_compatible(config: Config, saved: Config, components: Sequence[str], origin: str | Path) -> None:
-    """Compares the architecture of `components` in two configurations.
-
-    Raises:
-      UserError: a key that describes the weights differs, with both values.
-    """
-    for component in components:
-        ours, theirs = getattr(config.model, component), getattr(saved.model, component)
-        for item in dataclasses.fields(ours):
-            read = RESOLVED.get(item.name, operator.attrgetter(item.name))
-            mine, other = read(ours), read(theirs)
-            if item.name not in MAY_DIFFER and mine != other:
-                raise UserError(f"model.{component}.{item.name}={mine}, but the weights in {origin} have {other}")

@@ -20,6 +20,7 @@ def plot_losses(rows: list[dict], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2, markersize=3)
     axes.set(xlabel="step", ylabel="loss per token", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     with replacing(path) as fresh:
         figure.savefig(fresh, format="png")

@@ -23,7 +23,17 @@ from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision import fp8
 from neva_jax.precision.policy import frozen_dtype
-from neva_jax.training.checkpoint import available_components, check_compatible, load_components, locate, read_meta
+from neva_jax.training.checkpoint import available_components, locate, read_meta, verify
+from neva_jax.training.manifest import Level
+from neva_jax.training.weights import (
+    check_averaged,
+    check_compatible,
+    load_components,
+    merged,
+    plan_transfer,
+    subtree,
+    table,
+)
 
 Parameters = dict[str, Any]
 
@@ -116,38 +126,85 @@ def starting_weights(config: Config) -> dict[str, Path]:
     """Component -> the checkpoint step whose weights it starts with; a component that starts at random is absent.
 
     Raises:
-      UserError: a frozen component without weights, or weights of another architecture.
+      UserError: a frozen component without weights, or weights of another architecture (unless model.init_partial).
     """
-    sources: dict[str, Path] = {}
-    if config.model.init_from is not None:
-        sources = available_components(config.model.init_from)
+    model, sources = config.model, {}
+    if model.init_from is not None:
+        found = available_components(model.init_from)
+        sources = {name: step_dir for name, step_dir in found.items() if name in model.init_parts}
+        if not sources:
+            raise UserError(
+                f"model.init_parts={model.init_parts}: model.init_from={model.init_from} has "
+                f"{', '.join(found)} only; name one of these"
+            )
         for step_dir in sorted(set(sources.values())):
             held = [name for name in COMPONENTS if sources.get(name) == step_dir]
-            check_compatible(config, read_meta(step_dir).config, held, step_dir)
+            if not model.init_partial:
+                check_compatible(config, read_meta(step_dir).config, held, step_dir)
+        if (averaged := _averaged(config)) is not None:
+            check_averaged(averaged)
+            if not set(read_meta(averaged).components) & {name for name in sources if sources[name] == averaged}:
+                raise UserError(f"model.init_ema=true: model.init_parts={model.init_parts} takes nothing of {averaged}")
     missing = [name for name in COMPONENTS if name not in sources]
-    stuck = [name for name in missing if name in frozen_components(config.model)]
-    if stuck and not config.model.allow_random_frozen:
+    stuck = [name for name in missing if name in frozen_components(model)]
+    if stuck and not model.allow_random_frozen:
+        left_out = [name for name in stuck if name not in model.init_parts]
+        why = f"model.init_from={model.init_from} has no {' and no '.join(stuck)}"
+        if left_out:
+            why = f"model.init_parts={model.init_parts} leaves out {' and '.join(left_out)}"
         raise UserError(
-            f"model.init_from={config.model.init_from} has no {' and no '.join(stuck)}, which would stay frozen at "
-            "random weights; name another checkpoint, or set model.allow_random_frozen=true"
+            f"{why}, which would stay frozen at random weights; name another checkpoint, or set "
+            "model.allow_random_frozen=true"
         )
     return sources
+
+
+def _averaged(config: Config) -> Path | None:
+    """The checkpoint step whose averaged weights the run starts from, if it does."""
+    return locate(config.model.init_from) if config.model.init_ema and config.model.init_from is not None else None
+
+
+def verify_sources(sources: dict[str, Path], level: Level, say: Callable[[str], None]) -> None:
+    """Holds the checkpoints that weights come from against their manifests (process 0 does).
+
+    Raises:
+      DamagedCheckpoint: a file differs.
+    """
+    if jax.process_index() == 0:
+        for step_dir in sorted(set(sources.values())):
+            if (note := verify(step_dir, level)) is not None:
+                say(note)
 
 
 def initialise_parameters(
     config: Config, abstract: Parameters, sources: dict[str, Path], say: Callable[[str], None]
 ) -> Parameters:
-    """The starting weights: those of `sources` (see `starting_weights`), and random ones for the rest."""
-    for step_dir in sorted(set(sources.values())):
-        say(f"{', '.join(name for name in sources if sources[name] == step_dir)}: weights from {step_dir}")
-    missing = [name for name in COMPONENTS if name not in sources]
-    params = load_parameters(config, {name: abstract[name] for name in sources}, sources) if sources else {}
-    if missing:
-        say(f"{', '.join(missing)}: random weights from run.seed={config.run.seed}")
-        plain = as_saved(config, {name: abstract[name] for name in missing})
-        initialise = random_initialiser(plain, config)
-        params |= as_held(config, initialise(jax.random.key(config.run.seed)), abstract)
-    return {name: params[name] for name in COMPONENTS}
+    """The starting weights: those of `sources` (see `starting_weights`), and random ones for the rest.
+
+    With `model.init_partial` parameters that a source lacks, or has in another shape, are random too. `say` gets a
+    table of what was loaded, what was not used, and what is random.
+
+    Raises:
+      UserError: a source lacks a parameter, or has it in another shape.
+    """
+    held, abstract = abstract, as_saved(config, abstract)
+    averaged = _averaged(config)
+    random = {name: abstract[name] for name in COMPONENTS if name not in sources}
+    wanted = {name: abstract[name] for name in sources}
+    transfers = plan_transfer(abstract, sources, averaged) if sources else []
+    if config.model.init_partial:
+        absent = {path for transfer in transfers for path in transfer.random}
+        loaded = {path for transfer in transfers for path in transfer.loaded}
+        random, wanted = subtree(abstract, absent) if sources else abstract, subtree(abstract, loaded)
+    params = load_components(wanted, sources, averaged) if wanted else {}
+    for line in table(transfers) if transfers else ():
+        say(line)
+    if averaged is not None:
+        say(f"averaged weights of {averaged}: {', '.join(n for n in COMPONENTS if sources.get(n) == averaged)}")
+    if random:
+        say(f"{', '.join(random)}: random weights from run.seed={config.run.seed}")
+        params = merged(params, random_initialiser(random, config)(jax.random.key(config.run.seed)))
+    return as_held(config, {name: params[name] for name in COMPONENTS}, held)
 
 
 def load_parameters(config: Config, abstract: Parameters, sources: dict[str, Path]) -> Parameters:
@@ -183,14 +240,16 @@ def initial_fp8_state(config: Config, mesh: Mesh) -> fp8.State:
 
 
 def random_initialiser(abstract: Parameters, config: Config) -> jax.stages.Wrapped:
-    """A compiled function: key -> random parameters of the components of `abstract`, made on their shards.
+    """A compiled function: key -> the random parameters that `abstract` names, made on their shards.
 
     Each device draws its own shards alone: JAX's random bits are a function of an element's place.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    paths = {tuple(part.key for part in path) for path, _ in leaves}
 
     def initialise(rng: jax.Array) -> Parameters:
-        params = random_parameters(config.model, config.precision, rng)
-        return jax.tree.map(lambda shape, p: p.astype(shape.dtype), abstract, {name: params[name] for name in abstract})
+        params = subtree(random_parameters(config.model, config.precision, rng), paths)
+        return jax.tree.map(lambda shape, p: p.astype(shape.dtype), abstract, params)
 
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # Runs once: unoptimised code compiles in a quarter of the time, and the values are the same.
@@ -216,7 +275,7 @@ def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
     contents = config.checkpoint.contents
     if contents == "full" or not frozen:
         return COMPONENTS, None
-    lacking = [name for name in frozen if base is None or name not in available_components(base)]
+    lacking = [name for name in frozen if base is None or not _is_as_in_base(config, name, available_components(base))]
     if not lacking:
         return trained_components(config.model), str(locate(base).resolve())
     if contents == "trained":
@@ -225,3 +284,10 @@ def saved_components(config: Config) -> tuple[tuple[str, ...], str | None]:
             f"model.init_from={base} lacks; use full"
         )
     return COMPONENTS, None
+
+
+def _is_as_in_base(config: Config, component: str, found: dict[str, Path]) -> bool:
+    """Whether a frozen component is the base's own, so that referring to the base is enough."""
+    model = config.model
+    averaged = model.init_ema and found.get(component) == locate(model.init_from)
+    return component in found and component in model.init_parts and not averaged and not model.init_partial

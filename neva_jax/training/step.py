@@ -14,6 +14,8 @@ import optax
 from flax import nnx
 
 from neva_jax.precision.fp8 import State as Fp8State
+from neva_jax.training import ema
+from neva_jax.training.guard import GOOD, GuardState, judge, kept_where
 from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
@@ -22,12 +24,16 @@ Part = tuple[Arrays, jax.Array | None]  # a micro batch and its key of dropout
 
 
 class TrainState(NamedTuple):
-    """What a step changes: completed steps, the trained fp32 parameters, the optimizer's state, and that of FP8."""
+    """What a step changes: completed steps, the trained fp32 parameters, the optimizer's state, the guard's, the
+    parameters' moving average (empty where `optimizer.ema_decay` is not set), and the state of FP8 layers.
+    """
 
     step: jax.Array
     trained: Parameters
     optimizer: optax.OptState
-    fp8: Fp8State = {}  # noqa: RUF012 (nobody changes it)
+    guard: GuardState = GuardState()
+    ema: Parameters = {}  # noqa: RUF012 (a NamedTuple's default; nothing changes it)
+    fp8: Fp8State = {}  # noqa: RUF012
 
 
 def batch_nll(
@@ -61,11 +67,12 @@ def gradients(
 ) -> tuple[jax.Array, Parameters, Fp8State]:
     """Mean token loss of the global batch (arrays [A, B, ...]), gradients of the trained parameters, FP8's new state.
 
-    Micro batch a drops out by the key fold_in(rng, a); rng None: no dropout. The FP8 state's "gradient" is its new
-    value: it is handed from micro batch to micro batch, never added.
+    The first two are 0 where nothing is supervised. Micro batch a drops out by the key fold_in(rng, a); rng None: no
+    dropout. The FP8 state's "gradient" is its new value: it is handed from micro batch to micro batch, never added.
     """
     states = {} if states is None else states
     weights = jnp.sum(batch["loss_weights"])
+    weights = jnp.where(weights == 0, 1, weights)
     count = batch["tokens"].shape[0]
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
@@ -93,22 +100,32 @@ def make_train_step(
     chunk: int,
     packed: bool = False,
     dropout_seed: int | None = None,
+    spike_factor: float | None = None,
+    ema_decay: float | None = None,
+    ema_every: int = 1,
     compiler_options: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
-    Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars. Dropout is a function of (`dropout_seed`,
-    step, micro batch, layer), so a resumed run repeats it; None for a model without. `compiler_options`: XLA's
-    (`precision.fp8.compiler_options`).
+    A step that the guard does not find good changes nothing but the number of steps (training/guard.py).
+
+    Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars, and the guard's `verdict`, i32. Dropout is a
+    function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
+    `compiler_options`: XLA's (`precision.fp8.compiler_options`).
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         loss, grads, states = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "lr": schedule(state.step)}
+        norm, weights = optax.global_norm(grads), jnp.sum(batch["loss_weights"])
+        verdict, guard = judge(state.guard, loss, norm, weights, spike_factor)
         trained = optax.apply_updates(state.trained, updates)
-        return TrainState(state.step + 1, trained, optimizer_state, states), metrics
+        average = ema.update(state.ema, trained, state.step + 1, ema_decay, ema_every)
+        after = state._replace(trained=trained, optimizer=optimizer_state, ema=average, fp8=states)
+        after = kept_where(verdict == GOOD, state, after)._replace(step=state.step + 1, guard=guard)
+        lr = schedule(state.step - state.guard.skipped)
+        return after, {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from neva_jax.configfile import load_config
 from neva_jax.data.images import (
-    MAX_BYTES,
+    _plain_jpeg,
     decode_image,
     image_header,
     image_size,
@@ -24,6 +24,7 @@ from neva_jax.data.images import (
     sample_frames,
 )
 from neva_jax.data.rows import BadRow
+from neva_jax.data.stores import MAX_IMAGE_BYTES
 from neva_jax.data.tiles import fit
 from tests.data.helpers import clip, noise
 
@@ -45,7 +46,7 @@ def encoded(image, kind, **options):
 
 
 def opened(data, config=CONFIG):
-    return np.asarray(open_image(data, "a", config))
+    return np.asarray(open_image(data, "a", config).convert("RGB"))
 
 
 # --- files that hold an image ----------------------------------------------------------------------------------------
@@ -203,11 +204,11 @@ def test_files_that_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "large.png").touch()
-    os.truncate(tmp_path / "large.png", MAX_BYTES + 1)
+    os.truncate(tmp_path / "large.png", MAX_IMAGE_BYTES + 1)
     for name, message in {
         "pipe.png": "is no regular file",
-        "folder.png": "cannot be read (",
-        "large.png": f"is longer than {MAX_BYTES:,} bytes",
+        "folder.png": "is no regular file",
+        "large.png": f"has {MAX_IMAGE_BYTES + 1:,} bytes, more than {MAX_IMAGE_BYTES:,}",
         "absent.png": "cannot be read (",
         "a\0b.png": "cannot be read (",
     }.items():
@@ -380,6 +381,57 @@ def test_damage_of_any_kind_is_a_bad_row():
                 outcomes.add("BadRow")
                 assert str(error).startswith("field image: a ")
     assert outcomes == {"Picture", "BadRow"}
+
+
+# --- JPEG in colour, which simplejpeg decodes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True, "restart_marker_blocks": 3}])
+@pytest.mark.parametrize("keep_rgb", [False, True])
+def test_pixels_of_a_jpeg_are_those_of_pillow(sampling, options, keep_rgb):
+    """By simplejpeg, to the bit; of all sizes around a block, where the last blocks are cut."""
+    for width, height in ((64, 48), (1, 1), (17, 1), (1, 33), (15, 31), (100, 75), (333, 250)):
+        coarse = Image.fromarray(noise(width // 4 + 1, height // 4 + 1))
+        for quality in (30,) if keep_rgb else (30, 90, 100):
+            data = encoded(
+                coarse.resize((width, height)),
+                "jpeg",
+                subsampling=sampling if not keep_rgb else "4:4:4",
+                quality=quality,
+                keep_rgb=keep_rgb,
+                **options,
+            )
+            with Image.open(io.BytesIO(data)) as stored:
+                wanted = np.asarray(stored.convert("RGB"))
+            with Image.open(io.BytesIO(data)) as stored:
+                assert _plain_jpeg(data, stored).mode == "RGBX"
+            np.testing.assert_array_equal(opened(data), wanted)
+
+
+def test_what_simplejpeg_refuses_is_judged_by_pillow():
+    """Grey, CMYK, and files with damage that Pillow puts up with, or does not."""
+    for mode in ("L", "CMYK"):
+        data = encoded(Image.fromarray(noise(40, 24)).convert(mode), "jpeg")
+        with Image.open(io.BytesIO(data)) as stored:
+            assert _plain_jpeg(data, stored) is None
+            np.testing.assert_array_equal(opened(data), np.asarray(stored.convert("RGB")))
+    data = encoded(Image.fromarray(noise(400, 240)), "jpeg", quality=90)
+    rng, judged = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[int(rng.integers(700, len(data) - 2))] = int(rng.integers(256))
+        try:
+            with Image.open(io.BytesIO(damaged)) as stored:
+                wanted = np.asarray(stored.convert("RGB"))
+        except OSError:
+            with pytest.raises(BadRow):
+                opened(bytes(damaged))
+            continue
+        np.testing.assert_array_equal(opened(bytes(damaged)), wanted)
+        with Image.open(io.BytesIO(damaged)) as stored:
+            judged[_plain_jpeg(bytes(damaged), stored) is None] += 1
+    assert judged[True] and judged[False]
 
 
 # --- photographs held upright ----------------------------------------------------------------------------------------

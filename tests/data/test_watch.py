@@ -111,6 +111,49 @@ def test_a_read_that_never_ends_is_named_with_its_row(config, tokenizer, pipe_ro
     assert f"{path}: row 7 (id 'row-7') has been read for 1 s" in message
 
 
+# Workers import this file too, so their reads hang: in the system, as those from a network disk that is gone.
+HANGING_READ = """
+    import multiprocessing, os, sys, time
+    from neva_jax.configfile import load_config
+    from neva_jax.data import samples
+    from neva_jax.data.pipeline import batches
+    from neva_jax.data.sources import Sources
+    from neva_jax.data.tokenizer import Tokenizer
+    from neva_jax.errors import WorkerError
+
+    samples.Samples._picture = lambda self, ref, name: os.read(os.pipe()[0], 1)
+
+    if __name__ == "__main__":
+        config = load_config(None, sys.argv[1:])
+        sources = Sources(config.data, "train", 0, shuffle=False)
+        stream = batches(sources, config, Tokenizer.from_file(config.model.tokenizer), 0, 20)
+        stream.timeout = 60  # while the workers start
+        next(stream)
+        workers = {stream.board.number(child.pid): child.pid for child in multiprocessing.active_children()}
+        stream.timeout, started = config.data.worker_timeout, time.monotonic()
+        try:
+            while True:
+                next(stream)
+        except WorkerError as error:
+            print(workers[1], time.monotonic() - started, error, sep="\\t", flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(0)
+"""
+
+
+def test_a_read_that_never_ends_in_a_worker_is_named_with_its_row(small_overrides, tmp_path, pipe_row):
+    override, path = pipe_row
+    overrides = [*small_overrides, override, "data.workers=2", "train.global_batch=4", "data.worker_timeout=3"]
+    done = run_script(tmp_path, HANGING_READ, *overrides)
+    assert done.stdout, done.stderr
+    pid, seconds, message = done.stdout.strip().split("\t")
+    assert message.startswith("no batch for data.worker_timeout=3 seconds: ")
+    assert f"data worker 1 of 2 (process {pid}) has been at {path}: row 7 (id 'row-7') for " in message
+    assert "data worker 0" not in message
+    assert 3 <= float(seconds) < 15
+
+
 def test_an_error_of_the_code_comes_through(config, tokenizer, pipe_row, monkeypatch):
     settings, sources = config(pipe_row[0])
 

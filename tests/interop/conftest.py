@@ -12,7 +12,8 @@ from flax import nnx
 from neva_jax.convert import main
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import make_mesh, shardings
-from neva_jax.training.checkpoint import available_components, load_components, locate, read_meta
+from neva_jax.training.checkpoint import available_components, locate, read_meta
+from neva_jax.training.weights import load_components
 
 
 def flags(options: dict[str, Any]) -> list[str]:

@@ -396,3 +396,21 @@ def test_out_is_kept_without_force(from_hf, to_hf, tmp_path):
 def test_max_length(from_hf, to_hf, tmp_path):
     out = from_hf(folders.write_folder(tmp_path / "hf", folders.LLAMA, folders.llm_arrays(folders.LLAMA)))
     assert hf_config(to_hf(out, text_only=True, max_length=77)).max_position_embeddings == 77
+
+
+def test_averaged_weights_are_exported_where_they_are_asked_for(from_hf, to_hf, tmp_path):
+    """Of what the run trained; the rest is the base's own."""
+    arrays = folders.llava_arrays(folders.LLAVA)
+    base = from_hf(folders.write_folder(tmp_path / "hf", folders.LLAVA, arrays))
+    meta, params = read_meta(locate(base)), load(base)
+    frozen = {name: dataclasses.replace(getattr(meta.config.model, name), freeze=True) for name in ("vision", "llm")}
+    config = dataclasses.replace(meta.config, model=dataclasses.replace(meta.config.model, **frozen))
+    average = {"projector": jax.tree.map(lambda x: x + 1, params["projector"])}
+    with Checkpoints(tmp_path / "run", keep=None) as checkpoints:
+        run = Meta(7, config, ("projector",), str(locate(base)), meta.tokenizer, ema=True)
+        checkpoints.save(7, {"projector": params["projector"]}, {}, {}, run, average)
+    assert_bits_equal(tensors(to_hf(tmp_path / "run", tmp_path / "plain")), arrays)
+    expected = {name: array + 1 if "projector" in name else array for name, array in arrays.items()}
+    assert_bits_equal(tensors(to_hf(tmp_path / "run", tmp_path / "ema", ema=True)), expected)
+    with pytest.raises(UserError, match=r"has no averaged weights \(it was trained without optimizer.ema_decay\)"):
+        to_hf(base, tmp_path / "none", ema=True)

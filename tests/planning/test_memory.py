@@ -35,6 +35,8 @@ def on(config: Config, shape: str) -> tuple[Config, dict[str, int]]:
         ("data=1", ["train.remat=dots", "model.vision.freeze=false"]),
         ("data=1", [FROZEN, "train.remat=full", "train.remat_layers=4"]),
         ("data=1", [FROZEN, "train.remat=dots", "data.pack=true"]),
+        ("data=1", [FROZEN, "train.remat=full", "model.llm.num_layers=4", "model.llm.attention_dropout=0.1"]),
+        ("data=1", [FROZEN, "train.remat=full", "model.llm.num_layers=4", "model.llm.ffn_dropout=0.1"]),
         ("fsdp=4", ["train.remat=none"]),
         ("fsdp=4,tensor=2", ["train.remat=full"]),
     ],
@@ -183,6 +185,55 @@ def test_meshes_that_do_not_divide_are_said_with_both_numbers(shipped):
 def test_compiling_needs_the_devices(shipped):
     with pytest.raises(UserError, match="needs 16 devices, but 8 are here"):
         compile_step(shipped("pretrain_7b"), {"data": 16, "fsdp": 1, "tensor": 1})
+
+
+def test_transformer_engines_kernel_for_packed_rows_keeps_what_cudnns_keeps(shipped):
+    rows = ["mesh.shape=data=1", "data.max_length=1024"]
+    plain, asked = (estimate(shipped("pretrain_7b", *rows, *more), ONE) for more in ([], ["model.attention=te"]))
+    packed = estimate(shipped("pretrain_7b", *rows, "data.pack=true", "model.attention=te"), ONE)
+    assert (plain.backend, asked.backend, packed.backend) == ("cudnn", "cudnn", "te")
+    assert packed.memory == asked.memory == plain.memory
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["attention=cudnn", "llm.attention_dropout=0.1"], r"cudnn has no dropout \(.*attention_dropout=0\.1\)"),
+        (["attention=cudnn", "precision.compute=fp32"], r"cudnn needs bf16 \(here float32\).* \(here 128\)"),
+        (["attention=cudnn", "llm.head_dim=256"], r"cudnn needs bf16 \(here bfloat16\).* \(here 256\)"),
+        (["attention=te", "data.pack=true", "llm.attention_dropout=0.1"], r"te has no dropout"),
+        (["attention=te", "data.pack=true", "precision.compute=fp32"], r"te needs bf16"),
+    ],
+)
+def test_a_kernel_that_training_refuses_is_refused(shipped, overrides, said):
+    full = [text if text.startswith(("data.", "precision.")) else f"model.{text}" for text in overrides]
+    with pytest.raises(UserError, match=rf"^model\.attention={said}"):
+        estimate(shipped("pretrain_7b", *full), ONE)
+
+
+def test_te_takes_another_kernel_for_rows_of_one_segment_with_dropout(shipped):
+    config = shipped("pretrain_7b", "model.attention=te", "model.llm.attention_dropout=0.1")
+    assert estimate(config, ONE).backend == "xla"
+
+
+@pytest.mark.parametrize("name", ["pretrain_7b", "finetune_7b"])
+def test_a_moving_average_is_one_more_copy_of_what_is_trained(shipped, name):
+    sizes = {"data": 2, "fsdp": 4, "tensor": 1}
+    plain, averaged = (
+        estimate(shipped(name, "train.global_batch=128", *more), sizes).memory
+        for more in ([], ["optimizer.ema_decay=0.9999"])
+    )
+    assert averaged == dataclasses.replace(plain, average=plain.masters)
+    assert averaged.arguments - plain.arguments == averaged.total - plain.total == plain.masters
+
+
+def test_frozen_weights_in_fp8_take_two_bytes(shipped):
+    """Both layouts of a weight, and a few scales."""
+    plain, quantized = (
+        estimate(shipped("pretrain_7b", f"precision.compute={name}"), ONE).memory.frozen
+        for name in ("bf16", "fp8_current")
+    )
+    assert quantized == pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("override", ["data.pack=true", "model.llm.attention_dropout=0.1"])

@@ -87,6 +87,21 @@ def test_tensor_parallel_reduces_activations_of_each_layer(shipped):
     assert sent == {("all-reduce", "tensor"): pytest.approx(2 / 2 * 2 * (language + encoder))}
 
 
+def test_an_encoder_that_tensor_does_not_split_sends_features_and_gradients(shipped):
+    settings = ["train.global_batch=32", "mesh.vision_tensor=false"]
+    sizes = {"data": 2, "fsdp": 1, "tensor": 2}
+    frozen = predict(estimate(shipped("pretrain_7b", *settings), sizes), H200).transfers
+    features = 16 * 256 * 1024  # without the class token
+    assert [t.size for t in frozen if t.kind == "all-gather"] == [pytest.approx(1 / 2 * 2 * features)]
+    language = 16 * 4096 * (4 * 32 * 384 + 384 + 128)
+    reduced = [t.size for t in frozen if (t.kind, t.axis) == ("all-reduce", "tensor")]
+    assert reduced == [pytest.approx(2 / 2 * 2 * language)]
+    trained = predict(estimate(shipped("pretrain_7b", *settings, "model.vision.freeze=false"), sizes), H200).transfers
+    vision = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 588 * 1024 + 257 * 1024
+    gradients = [t.size for t in trained if t.what == "encoder's gradients"]
+    assert gradients == [pytest.approx(2 / 2 * 2 * vision, rel=2e-3)]  # and its biases and norms
+
+
 def test_an_axis_inside_a_node_has_nvlink():
     assert bandwidth({"data": 2, "fsdp": 2, "tensor": 2}, "data", H200) == 450e9
     # data leaves the node and each device has a port of its own; fsdp's eight share theirs, up to NVLink's speed

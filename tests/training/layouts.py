@@ -34,6 +34,7 @@ from neva_jax.training.step import TrainState, make_train_step
 from tests.models.helpers import random_batch
 
 STEPS, ROWS, LENGTH, CHUNK = 20, 16, 24, 8
+PACKED = 2  # samples in a packed row
 LAYERS, WIDTH, VOCAB = 2, 32, 40
 # 2 key and value heads: on a tensor axis of 8 each lies on 4 devices. 4 patches of 4 x 4 pixels.
 MODEL = ModelConfig(
@@ -60,6 +61,7 @@ class Layout:
     """A mesh, its settings, what is trained, and how many micro batches make a step.
 
     Stages: `pretrain` trains the projector, `finetune` the language model too, `all` everything.
+    packed: several samples in a row.
     """
 
     shape: str
@@ -68,6 +70,7 @@ class Layout:
     sequence_parallel: bool = False
     zero1: bool = False
     vision_tensor: bool = True
+    packed: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -85,13 +88,16 @@ class Layout:
         """The configuration of a run on this layout."""
         llm = dataclasses.replace(MODEL.llm, freeze=self.stage == "pretrain")
         vision = dataclasses.replace(MODEL.vision, freeze=self.stage != "all")
-        groups = self.sizes["data"] * self.sizes["fsdp"]
+        groups, packed = self.sizes["data"] * self.sizes["fsdp"], PACKED if self.packed else 1
+        rows = ROWS // packed
         return Config(
             model=dataclasses.replace(MODEL, llm=llm, vision=vision),
-            data=DataConfig(max_length=LENGTH),
+            data=DataConfig(
+                max_length=LENGTH * packed, pack=self.packed, images_per_row=packed, segments_per_row=packed
+            ),
             mesh=MeshConfig(self.shape, self.sequence_parallel, self.zero1, self.vision_tensor),
             precision=PrecisionConfig(compute="fp32"),
-            train=TrainConfig(STEPS, ROWS // groups // self.accumulate, ROWS, loss_chunk=CHUNK),
+            train=TrainConfig(STEPS, rows // groups // self.accumulate, rows, loss_chunk=CHUNK),
             optimizer=OPTIMIZER,
         )
 
@@ -130,22 +136,47 @@ def prepare(layout: Layout) -> Run:
     optimizer = place_updates(optimizer, trained, layout.zero1)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trained, moments)
     with jax.set_mesh(mesh):
-        step = make_train_step(graphdef, optimizer, learning_rate(config.optimizer, STEPS), config.train.loss_chunk)
-        lowered = step.lower(state, frozen, place_batch(mesh, batch(0), layout.accumulate))
+        schedule, chunk = learning_rate(config.optimizer, STEPS), config.train.loss_chunk
+        step = make_train_step(graphdef, optimizer, schedule, chunk, layout.packed)
+        lowered = step.lower(state, frozen, place_batch(mesh, batch(0, layout.packed), layout.accumulate))
         # Compiles in less time; the partitioner's work is the same.
         compiled = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})
     return Run(layout, mesh, params, moments, optimizer, compiled)
 
 
 @cache
-def batch(number: int) -> dict[str, np.ndarray]:
-    """The global batch of a step on the host; labels differ in number from row to row, one row has none."""
+def batch(number: int, packed: bool = False) -> dict[str, np.ndarray]:
+    """The global batch of a step on the host; lengths and labels differ from row to row, one row has no label.
+
+    packed: the same samples, `PACKED` in a row of their own segments.
+    """
     arrays = random_batch(MODEL, rows=ROWS, length=LENGTH, images=1, seed=number)
     draw = np.random.default_rng(number)
     arrays["targets"] = draw.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
     share = draw.random((ROWS, 1)) * (np.arange(ROWS) != number % ROWS)[:, None]
-    arrays["loss_weights"] = (draw.random((ROWS, LENGTH)) < share).astype(np.float32)
-    return arrays
+    lengths = draw.integers(LENGTH // 2, LENGTH + 1, (ROWS, 1))
+    inside = np.arange(LENGTH) < lengths
+    arrays["loss_weights"] = ((draw.random((ROWS, LENGTH)) < share) & inside).astype(np.float32)
+    arrays["segment_ids"] = inside.astype(np.int32)
+    return _joined(arrays, lengths[:, 0]) if packed else arrays
+
+
+def _joined(arrays: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows 0 and 1 one after the other in row 0, rows 2 and 3 in row 1 and so on, without the padding between them."""
+    rows, patches = ROWS // PACKED, (MODEL.vision.image_size // MODEL.vision.patch_size) ** 2
+    joined = {name: np.zeros((rows, PACKED * LENGTH), x.dtype) for name, x in arrays.items() if name != "images"}
+    joined["image_slots"] -= 1
+    for row in range(rows):
+        start = 0
+        for place, sample in enumerate(range(row * PACKED, (row + 1) * PACKED)):
+            stop = start + lengths[sample]
+            for name, array in joined.items():
+                array[row, start:stop] = arrays[name][sample, : lengths[sample]]
+            joined["segment_ids"][row, start:stop] = place + 1
+            slots = joined["image_slots"][row, start:stop]
+            slots[slots >= 0] += place * patches
+            start = stop
+    return {**joined, "images": arrays["images"].reshape(rows, PACKED, *arrays["images"].shape[2:])}
 
 
 @cache
@@ -172,6 +203,8 @@ def advance(run: Run, params: dict, moments: tuple, start: int, stop: int) -> tu
     step = jax.device_put(np.int32(start), replicated(run.mesh))
     state, losses = TrainState(step, trained, moments), []
     for number in range(start, stop):
-        state, metrics = run.step(state, frozen, place_batch(run.mesh, batch(number), run.layout.accumulate))
+        state, metrics = run.step(
+            state, frozen, place_batch(run.mesh, batch(number, run.layout.packed), run.layout.accumulate)
+        )
         losses.append(float(metrics["loss"]))
     return {**frozen, **state.trained}, state.optimizer, losses

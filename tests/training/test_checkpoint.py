@@ -25,14 +25,13 @@ from neva_jax.training.checkpoint import (
     Checkpoints,
     Meta,
     available_components,
-    check_compatible,
-    load_components,
     locate,
     newest_step,
     read_meta,
 )
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters
+from neva_jax.training.weights import check_compatible, load_components
 from tests.models.helpers import tiny_config
 
 ALL = ("vision", "projector", "llm")
@@ -224,7 +223,7 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_way_back(run):
 
 
 def test_a_step_that_is_not_saved_is_an_error(run, tokenizer):
-    with pytest.raises(RuntimeError, match=rf"^{run}/checkpoints: Orbax did not save step 3; a later step is there$"):
+    with pytest.raises(RuntimeError, match=rf"^{run}/checkpoints: step 3 cannot be saved; step 5 is there$"):
         save(run, 3, tokenizer)
 
 
@@ -257,10 +256,11 @@ def test_meta_json(tokenizer, tokenizer_path, tmp_path):
     sha256 = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
     packages = ("neva_jax", "jax", "flax", "optax", "orbax-checkpoint")
     assert json.loads((folder / "meta.json").read_text()) == {
-        "format": 1,
+        "format": 2,
         "step": 5,
         "components": ["projector", "llm"],
         "base": "/somewhere/base",
+        "ema": False,
         "template": "plain",
         "tokenizer": {
             "file": "tokenizer.model",
@@ -289,8 +289,8 @@ def set_json(path: Path, **changes) -> None:
 
 BROKEN = {
     "a newer format": (
-        lambda meta: set_json(meta / "meta.json", format=2),
-        "{meta}/meta.json: is of format 2; this version reads 1",
+        lambda meta: set_json(meta / "meta.json", format=3),
+        "{meta}/meta.json: is of format 3, this version reads 1 to 2: was written by a newer neva_jax; install that",
     ),
     "another tokenizer": (
         lambda meta: (meta / "tokenizer.model").write_bytes((meta / "tokenizer.model").read_bytes() + b"\x1a\x00"),

@@ -69,14 +69,14 @@ def test_data_parallel_reduces_the_gradients_of_what_is_trained_and_no_more(stag
     layout = Layout("data=8", stage)
     found = of(layout)
     assert {(one.kind, one.axes) for one in found} == {("all-reduce", ("data",))}
-    # and the loss, and the sum of the weights
-    assert elements(found, "all-reduce") == trained_elements(layout) + 2
+    # and the loss, and the sum of the weights: for the loss, and for the guard
+    assert elements(found, "all-reduce") == trained_elements(layout) + 3
     assert elements(found, "all-reduce", "pred") == N  # which chunks have a label
 
 
 def test_each_micro_batch_reduces_its_own_gradients():
     layout = Layout("data=8", "pretrain", accumulate=2)
-    assert elements(of(layout), "all-reduce") == 2 * (trained_elements(layout) + 1) + 1
+    assert elements(of(layout), "all-reduce") == 2 * (trained_elements(layout) + 1) + 2
 
 
 def test_zero1_gathers_each_update_once():
@@ -85,7 +85,7 @@ def test_zero1_gathers_each_update_once():
     assert {(one.kind, one.axes) for one in found} == {("all-reduce", ("data",)), ("all-gather", ("data",))}
     assert elements(found, "all-gather") == trained_elements(layout)
     leaves = len(jax.tree.leaves(prepare(layout).trained))
-    norms = elements(found, "all-reduce") - trained_elements(layout) - 2
+    norms = elements(found, "all-reduce") - trained_elements(layout) - 3
     assert 0 <= norms <= 3 * leaves  # each parameter's part of the gradient's norm
 
 

@@ -1,4 +1,4 @@
-"""Every layout computes the same numbers, and a state saved on one goes on on another.
+"""Every layout computes the same numbers, packed or not, and a state saved on one goes on on another.
 
 The model has 2 key and value heads, fewer than a tensor axis of 8.
 """
@@ -26,10 +26,16 @@ LAYOUTS = [
     Layout("data=2,fsdp=2,tensor=2", "pretrain", accumulate=2, zero1=True),
     Layout("data=2,fsdp=2,tensor=2", "all"),
 ]
+PACKED_LAYOUTS = [
+    Layout("data=8", packed=True),
+    Layout("fsdp=8", packed=True),
+    Layout("tensor=8", packed=True, sequence_parallel=True),
+    Layout("data=2,fsdp=2,tensor=2", packed=True, sequence_parallel=True, accumulate=2),
+]
 
 
 def name_of(layout: Layout) -> str:
-    settings = ("sequence_parallel", "zero1", "vision_tensor")
+    settings = ("sequence_parallel", "zero1", "vision_tensor", "packed")
     changed = [name for name in settings if getattr(layout, name) != getattr(Layout(""), name)]
     return "-".join([layout.stage, layout.shape, f"{layout.accumulate}x", *changed])
 
@@ -51,7 +57,7 @@ def relative_errors(ours: dict, theirs: dict) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS + PACKED_LAYOUTS, ids=name_of)
 def test_twenty_steps_are_the_same_on_every_layout(layout):
     reference, expected = trained(Layout("data=1", layout.stage))
     params, losses = trained(layout)

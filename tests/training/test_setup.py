@@ -206,7 +206,13 @@ def test_weights_come_from_the_checkpoint_and_the_rest_is_random(pretrained):
     assert differing(params["vision"], random_start(seed=2)["vision"]) == []
     assert differing(params["projector"], random_start(seed=2)["projector"]) == []
     assert differing(params["llm"], random_start(seed=1)["llm"]) == []
-    assert said == [f"vision, projector: weights from {step_dir}", "llm: random weights from run.seed=1"]
+    assert said == [
+        "weights    loaded  random  skipped  from",
+        f"vision     23      0       0        {step_dir}",
+        f"projector  4       0       0        {step_dir}",
+        "llm        0       12      0        -",
+        "llm: random weights from run.seed=1",
+    ]
 
 
 def test_without_a_checkpoint_there_are_no_sources():
@@ -237,6 +243,86 @@ def test_weights_of_another_architecture_are_refused(pretrained):
 
 def test_the_architecture_of_what_is_not_taken_does_not_matter(pretrained):
     assert set(starting_weights(config_of(init_from=pretrained, llm={"num_layers": 5}))) == {"vision", "projector"}
+
+
+@pytest.fixture
+def averaged(tokenizer, tmp_path) -> Path:
+    """A run with all components, of seed 3; it trained projector and language model, whose averages are of seed 4."""
+    averages = {name: random_start(seed=4)[name] for name in ("projector", "llm")}
+    with Checkpoints(tmp_path / "averaged", None) as checkpoints:
+        meta = Meta(6, config_of(("vision",), seed=3), ALL, None, tokenizer, ema=True)
+        checkpoints.save(6, random_start(seed=3), {}, {}, meta, averages)
+    return tmp_path / "averaged"
+
+
+def started(config, say=say_nothing):
+    abstract = abstract_parameters(config, one_device_mesh())[1]
+    return initialise_parameters(config, abstract, starting_weights(config), say)
+
+
+def test_a_run_starts_from_the_averages_of_another(averaged):
+    said = []
+    params = started(config_of(("vision",), init_from=averaged, init_ema=True), said.append)
+    assert differing(params["vision"], random_start(seed=3)["vision"]) == []  # it was not trained
+    assert differing(params["projector"], random_start(seed=4)["projector"]) == []
+    assert differing(params["llm"], random_start(seed=4)["llm"]) == []
+    assert said[-1] == f"averaged weights of {averaged}/checkpoints/6: vision, projector, llm"
+    params = started(config_of(("vision",), init_from=averaged))
+    assert differing(params["llm"], random_start(seed=3)["llm"]) == []
+
+
+def test_averages_that_are_not_there_or_not_asked_for_are_an_error(pretrained, averaged):
+    with pytest.raises(UserError, match=r"/pretrained/checkpoints/4: has no averaged weights \(it was trained without"):
+        starting_weights(config_of(init_from=pretrained, init_ema=True))
+
+
+def test_some_components_alone(averaged):
+    config = config_of(init_from=averaged, init_parts=["projector"])
+    params = started(config)
+    assert differing(params["projector"], random_start(seed=3)["projector"]) == []
+    assert differing(params["llm"], random_start(seed=1)["llm"]) == []
+    with pytest.raises(UserError, match=r"^model.init_parts=\['projector'\] leaves out llm, which would stay frozen"):
+        starting_weights(config_of(("llm",), init_from=averaged, init_parts=["projector"]))
+
+
+def test_components_that_the_checkpoint_lacks_altogether(pretrained):
+    with pytest.raises(UserError, match=r"^model.init_parts=\['llm'\]: model.init_from=.* has vision, projector only"):
+        starting_weights(config_of(init_from=pretrained, init_parts=["llm"]))
+
+
+def test_a_partial_start_takes_what_fits_and_says_what_does_not(averaged):
+    """Another number of language layers, and a projector of one layer more."""
+    model = tiny_config()
+    config = config_of(("vision",), init_from=averaged, init_partial=True, llm={"num_layers": 3})
+    projector = dataclasses.replace(model.projector, kind="mlp1x_gelu")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, projector=projector))
+    said = []
+    params = started(config, said.append)
+    saved = random_start(seed=3)
+    assert list(params) == list(ALL)
+    assert differing(params["vision"], saved["vision"]) == []
+    for name in ("embedding", "head"):
+        np.testing.assert_array_equal(params["llm"][name], saved["llm"][name])
+    alone = dataclasses.replace(config.model, init_from=None, allow_random_frozen=True, init_partial=False)
+    fresh = started(dataclasses.replace(config, model=alone))
+    assert differing(params["llm"]["layers"], fresh["llm"]["layers"]) == []
+    assert jax.tree.leaves(params["llm"]["layers"])[0].shape[0] == 3
+    rows = [line.split()[:4] for line in said[:4]]
+    assert rows[1] == ["vision", "23", "0", "0"]
+    assert rows[2] == ["projector", "2", "0", "2"]
+    assert rows[3] == ["llm", "3", "9", "0"]
+    assert "  llm.layers.q [3, 32, 4, 8]: random, the checkpoint has [2, 32, 4, 8]" in said
+    assert "  projector.kernel_2 [32, 32]: skipped, the configured model has none" in said
+    assert said[-1] == "llm: random weights from run.seed=1"
+
+
+def test_what_was_changed_on_the_way_in_is_saved_in_full(averaged):
+    """The base does not have those weights."""
+    base = str(averaged / "checkpoints" / "6")
+    assert saved_components(config_of(("vision", "llm"), init_from=averaged)) == (("projector",), base)
+    for change in ({"init_ema": True}, {"init_partial": True}, {"init_parts": ["projector"]}):
+        config = config_of(("vision", "llm"), init_from=averaged, allow_random_frozen=True, **change)
+        assert saved_components(config) == (ALL, None), change
 
 
 # --- what a checkpoint will hold -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from neva_jax.training.checkpoint import Checkpoints, Meta, load_components
+from neva_jax.training.checkpoint import Checkpoints, Meta
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,
@@ -16,6 +16,7 @@ from neva_jax.training.setup import (
     place_updates,
     random_initialiser,
 )
+from neva_jax.training.weights import load_components
 from tests.training.layouts import OPTIMIZER, STEPS, Layout
 
 LAYOUTS = [

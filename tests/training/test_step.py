@@ -206,7 +206,7 @@ def test_metrics():
     norm = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(grads)))
     assert norm > OPTIMIZER.clip_norm
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
-        {"loss": float(loss), "grad_norm": norm, "lr": 0.01 * 2 / 4}, rel=1e-5
+        {"loss": float(loss), "grad_norm": norm, "lr": 0.01 * 2 / 4, "verdict": 0}, rel=1e-5
     )
 
 

@@ -1,0 +1,339 @@
+"""The tables of docs/performance.md, from rows of `bench train` and `bench attention`.
+
+A table is a function: rows -> Markdown. What was not measured says so; of several rows that fit, the fastest is shown.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+NOT_MEASURED = "not measured"
+CURVE = 50  # losses from which on a row is a curve
+
+# The NeVA workflow's figures, samples/s/GPU on H100 NVL 94 GB (H800 where named):
+# stage, model, precision, mesh, micro batch, global batch, figure, remark
+WORKFLOW = (
+    ("pretrain", "7B", "bf16", {}, 32, 128, 29.19, ""),
+    ("pretrain", "7B", "fp8", {}, 32, 128, 52.52, ""),
+    ("pretrain", "7B", "bf16", {"data": 2}, 32, 256, 29.09, ""),
+    ("pretrain", "7B", "fp8", {"data": 2}, 32, 256, 51.94, ""),
+    ("pretrain", "7B", "bf16", {"data": 2}, 32, 128, 22.55, "data against tensor"),
+    ("pretrain", "7B", "bf16", {"tensor": 2}, 32, 128, 22.67, "data against tensor"),
+    ("pretrain", "7B", "bf16", {"data": 2}, 64, 512, 22.74, "data against tensor"),
+    ("pretrain", "7B", "bf16", {"tensor": 2}, 64, 512, 22.83, "data against tensor"),
+    ("finetune", "7B", "bf16", {"tensor": 2}, 4, 32, 6.5, ""),
+    ("finetune", "7B", "fp8", {"tensor": 2}, 4, 32, 7.5, ""),
+    ("pretrain", "7B", "bf16", {}, None, None, 24.24, "H800"),
+    ("pretrain", "13B", "bf16", {}, None, None, 14.13, "H800"),
+)
+# Layers -> GB per GPU of the workflow's finetune, tensor=2, micro batch 4; 32 layers ran out of 80 GB
+WORKFLOW_MEMORY = {16: 34.7, 20: 42.4, 24: 49.9, 30: 61.4, 32: None}
+
+
+def workflow(rows: list[Row]) -> str:
+    """The workflow's throughput, ours beside it."""
+    lines = []
+    for stage, model, precision, mesh, micro, batch, figure, remark in WORKFLOW:
+        fits = [
+            row
+            for row in ours(rows)
+            if (row["stage"], row["model"], kind(row)) == (stage, model, precision)
+            and row["mesh"] == mesh
+            and (not mesh or micro == row["micro_batch"])
+        ]
+        fits = [row for row in fits if row["global_batch"] == batch] or fits
+        where = _mesh(mesh)
+        given = [stage, model, precision, where, "–" if micro is None else f"{micro}/{batch}", _figure(figure, remark)]
+        found = list(best_of_each(fits, "gpu", "tokens_computed"))
+        lines += [
+            [
+                *given,
+                f"**{row['samples_per_s_per_gpu']:.1f}**",
+                f"{row['micro_batch']}/{row['global_batch']}",
+                _tokens(row),
+                row["image_px"],
+                card(row),
+                _percent(row["utilisation"]),
+            ]
+            for row in found
+        ] or [[*given, NOT_MEASURED, "", "", "", "", ""]]
+    head = "stage | model | precision | mesh | theirs: micro/global | theirs | ours | ours: micro/global | tokens useful/computed | px | card | of the limit"  # noqa: E501
+    return _table(head, lines)
+
+
+def baseline(rows: list[Row]) -> str:
+    """Hugging Face's LLaVA in PyTorch against ours, on the same card and shapes."""
+    lines = []
+    theirs = [row for row in rows if row.get("impl") == "hf_torch" and "error" not in row]
+    same = ("gpu", "stage", "model", "tokens_computed", "image_px")
+    for key in sorted({tuple(row[name] for name in same) for row in theirs}):
+        here = [row for row in theirs if tuple(row[name] for name in same) == key]
+        mine = [row for row in ours(rows) if tuple(row[name] for name in same) == key and row["gpus"] == 1]
+        plain = _best([row for row in here if row["remat"] == "none"])
+        checkpointing = _best([row for row in here if row["remat"] == "full"])
+        for precision in ("bf16", "fp8"):
+            row = _best([row for row in mine if kind(row) == precision])
+            line = [card(here[0]), key[1], key[2], f"{key[3]:g}", key[4], precision]
+            line += [_rate(row), _rate(plain), _rate(checkpointing)]
+            line += [_ratio(row, plain), _ratio(row, checkpointing)]
+            lines.append(line)
+    head = "card | stage | model | tokens | px | ours in | ours | theirs | theirs, checkpointing | ratio | ratio to checkpointing"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 10]])
+
+
+def memory(rows: list[Row]) -> str:
+    """Peak memory per GPU against the number of layers; the workflow's finetune beside it."""
+    lines = []
+    fits = [row for row in rows if row.get("impl") == "neva_jax" and row.get("bench") == "train" and _of_7b(row)]
+    fits = [row for row in fits if row["stage"] == "finetune" and (row.get("peak_gib") or "error" in row)]
+    groups = sorted({_memory_group(row) for row in fits}) or [None]
+    for group in groups:
+        for layers in sorted({*WORKFLOW_MEMORY, *(row["layers"] for row in fits if _memory_group(row) == group)}):
+            theirs = WORKFLOW_MEMORY.get(layers, "–")
+            found = [row for row in fits if _memory_group(row) == group and row["layers"] == layers]
+            measured = [row["peak_gib"] for row in found if row.get("peak_gib")]
+            gib = f"{min(measured):.1f}" if measured else found[0]["error"][:40] if found else NOT_MEASURED
+            lines.append([*(group or [""] * 5), layers, gib, "out of memory" if theirs is None else theirs])
+    head = "card | mesh | precision | micro batch | remat | layers | ours, GiB | workflow, GB (tensor=2, micro batch 4)"
+    return _table(head, lines)
+
+
+def cost(rows: list[Row]) -> str:
+    """Step time and memory against size, and how steeply they grow."""
+    lines = []
+    for name, points in sweeps(rows).items():
+        for i, (size, row) in enumerate(points):
+            grown = ""
+            if i:
+                before_size, before = points[i - 1]
+                grown = f"{math.log(row['step_ms'] / before['step_ms']) / math.log(size / before_size):.2f}"
+            lines.append([*name, f"{size:g}", _ms(row), _rate(row), _gib(row), grown])
+    head = "card | stage | precision | remat | what grows | to | step, ms | samples/s | peak, GiB | exponent of the step's time"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 9]])
+
+
+def layouts(rows: list[Row]) -> str:
+    """Meshes of several GPUs against one GPU of the same card at the same shapes."""
+    lines = []
+    several = [row for row in ours(rows) if row["gpus"] > 1]
+    key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed", "sequence_parallel")
+    for row in sorted(best_of_each(several, *key, "mesh"), key=lambda row: (*map(str, map(row.get, key)), _mesh(row))):
+        shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch")
+        single = _best([one for one in ours(rows) if one["gpus"] == 1 and all(one[k] == row[k] for k in shapes)])
+        lines.append(
+            [
+                f"{row['gpus']} x {card(row)}",
+                row["stage"],
+                row["precision"],
+                _mesh(row["mesh"]) + (", sequence parallel" if row["sequence_parallel"] else ""),
+                f"{row['micro_batch']}/{row['global_batch']}",
+                f"{row['tokens_computed']:g}",
+                _ms(row),
+                f"{row['samples_per_s_per_gpu']:.1f}",
+                _gib(row),
+                f"{row['exposed_communication_ms']:.1f}" if "exposed_communication_ms" in row else NOT_MEASURED,
+                NOT_MEASURED
+                if single is None
+                else f"{row['samples_per_s_per_gpu'] / single['samples_per_s_per_gpu']:.3f}",
+            ]
+        )
+    head = "cards | stage | precision | mesh | micro/global | tokens | step, ms | samples/s/GPU | peak per GPU, GiB | exposed communication, ms | efficiency"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 10]])
+
+
+def losses(rows: list[Row]) -> str:
+    """Final losses of runs on the same data, against the bf16 one on one GPU."""
+    lines = []
+    for name, group in curves(rows).items():
+        reference = next((row for row in group if kind(row) == "bf16" and not row["mesh"]), group[0])
+        for row in group:
+            last, wanted = final_loss(row), final_loss(reference)
+            lines.append([*name, label(row), len(row["losses"]), f"{last:.4f}", f"{100 * (last / wanted - 1):+.2f} %"])
+    head = "card | stage | model | tokens | seed | run | steps | final loss | against bf16, one GPU"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 8]])
+
+
+def kernels(rows: list[Row]) -> str:
+    """Where each millisecond goes: the kernels of a step by class, and by scope where the trace tells it."""
+    lines = []
+    traced = [row for row in ours(rows) if "kernels_ms" in row]
+    for row in best_of_each(traced, "gpu", "stage", "model", "precision", "remat"):
+        what = f"{card(row)}, {row['stage']} {row['model']}, {row['precision']}, {row['remat']}"
+        bound = row["tflop_per_sample"] * row["samples_per_step"] / row["gpus"] / row["peak_tflops"] * 1e3
+        total = row["busy_ms"] + row["idle_ms"]
+        for name, spent in [*row["kernels_ms"].items(), ("idle", row["idle_ms"])]:
+            limit = f"{bound:.0f} (the model's operations at {row['peak_tflops']:g} TFLOP/s)" if name == "gemm" else ""
+            lines.append([what, name, f"{spent:.1f}", _percent(spent / total), limit])
+        for name, spent in row.get("scopes_ms", {}).items():
+            lines.append([what, f"scope: {name}", f"{spent:.1f}", _percent(spent / total), ""])
+    head = "step | kernels | ms | of the step | at least, ms"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 4]])
+
+
+def variants(rows: list[Row]) -> str:
+    """Every setting that was measured on one GPU, ours and theirs."""
+    lines = []
+    single = [row for row in rows if row.get("bench") == "train" and row.get("gpus", 1) == 1 and "sweep" not in row]
+    order = sorted(single, key=lambda row: (row.get("gpu", ""), row["stage"], row["model"], row["impl"]))
+    for row in order:
+        setting = [f"remat {row['remat']}"] if "remat" in row else []
+        setting += [f"unroll {row['unroll']}"] if row.get("unroll", 1) > 1 else []
+        setting += [row["xla_flags"].replace("--xla_", "")] if row.get("xla_flags") else []
+        setting += [f"data {row['data']}"] if row.get("data", "synthetic") != "synthetic" else []
+        setting += ["packed"] if row.get("packed") else []
+        line = [card(row), row["impl"], row["stage"], row["model"], row["precision"]]
+        line += [row.get("attention", ""), ", ".join(setting), f"{row['micro_batch']}/{row['global_batch']}"]
+        if "error" in row:
+            lines.append([*line, "", row["error"][:60], "", "", "", ""])
+            continue
+        timing = f"{row['step_ms']:.1f} ({row['step_ms_p10']:.1f} … {row['step_ms_p90']:.1f})"
+        compiled = f"{row['compile_s']:.0f}" if "compile_s" in row else ""
+        lines.append([*line, _tokens(row), timing, _rate(row), _gib(row), _percent(row["utilisation"]), compiled])
+    head = "card | what | stage | model | precision | attention | setting | micro/global | tokens useful/computed | step, ms (p10 … p90) | samples/s | peak, GiB | of the limit | compiled in, s"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 13]])
+
+
+def attention(rows: list[Row]) -> str:
+    """Attention's backends alone, forward and backward."""
+    lines = []
+    for row in rows:
+        if row.get("bench") != "attention":
+            continue
+        shape = f"{row['rows']} x {row['tokens']}, {row['heads']}/{row['kv_heads']} heads x {row['width']}"
+        error = "" if "error" not in row else f"{row['error']:.4f} / {row['gradient_error']:.4f}"
+        result = f"{row['ms']:.2f}" if "ms" in row else row["error_text"][:60]
+        lines.append([card(row), row["backend"], shape, row["segments"], row["dtype"], result, row.get("tflops", "")])
+        lines[-1].append(error)
+    head = "card | backend | rows x tokens, heads | segments | dtype | ms | TFLOP/s | error / of gradients"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 7]])
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "workflow": workflow,
+    "baseline": baseline,
+    "memory": memory,
+    "cost": cost,
+    "layouts": layouts,
+    "losses": losses,
+    "kernels": kernels,
+    "variants": variants,
+    "attention": attention,
+}
+
+
+# --- rows that belong together ---------------------------------------------------------------------------------------
+
+
+def ours(rows: Iterable[Row]) -> list[Row]:
+    """Our train steps that were measured."""
+    return [row for row in rows if row.get("bench") == "train" and row.get("impl") == "neva_jax" and "error" not in row]
+
+
+def best_of_each(rows: Iterable[Row], *names: str) -> Iterator[Row]:
+    """The fastest row for each combination of the named fields, in a fixed order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str([row.get(name) for name in names]), []).append(row)
+    for key in sorted(groups):
+        yield _best(groups[key])
+
+
+def sweeps(rows: Iterable[Row]) -> dict[tuple[str, ...], list[tuple[float, Row]]]:
+    """(card, stage, precision, remat, what grows) -> its rows by size."""
+    found: dict[tuple[str, ...], dict[float, Row]] = {}
+    for row in ours(rows):
+        if len(row.get("sweep", {})) != 1:
+            continue
+        ((name, value),) = row["sweep"].items()
+        if not value.isdecimal():
+            continue
+        points = found.setdefault((card(row), row["stage"], row["precision"], row["remat"], name), {})
+        points[float(value)] = row
+    return {key: sorted(points.items()) for key, points in sorted(found.items()) if len(points) > 1}
+
+
+def curves(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """(card, stage, model, tokens, seed) -> the runs on that data, where there are several."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in ours(rows):
+        if len(row.get("losses", ())) >= CURVE:
+            key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}", str(row["seed"]))
+            found.setdefault(key, []).append(row)
+    return {key: sorted(group, key=label) for key, group in sorted(found.items()) if len(group) > 1}
+
+
+def final_loss(row: Row) -> float:
+    """The mean of the last tenth of a curve."""
+    return float(np.mean(row["losses"][-max(len(row["losses"]) // 10, 1) :]))
+
+
+def label(row: Row) -> str:
+    """What tells a run from others on the same data."""
+    return f"{row['precision']}, {_mesh(row['mesh'])}" + (", sequence parallel" if row["sequence_parallel"] else "")
+
+
+def kind(row: Row) -> str:
+    """`fp32`, `bf16` or `fp8`."""
+    return row["precision"].split("_")[0]
+
+
+def card(row: Row) -> str:
+    """The GPU's name without its maker's."""
+    return row.get("gpu", "?").removeprefix("NVIDIA ")
+
+
+def _of_7b(row: Row) -> bool:
+    return row["model"] == "7B" or row["model"].endswith(" x 4096/11008")
+
+
+def _memory_group(row: Row) -> tuple[str, ...]:
+    return card(row), _mesh(row.get("mesh", {})), row["precision"], str(row["micro_batch"]), row.get("remat", "")
+
+
+def _best(rows: Iterable[Row]) -> Row | None:
+    return max(rows, key=lambda row: row["samples_per_s_per_gpu"], default=None)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _table(head: str, lines: Iterable[Iterable[Any]]) -> str:
+    titles = head.split(" | ")
+    out = [f"| {head} |", "|" + "---|" * len(titles)]
+    return "\n".join([*out, *("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)])
+
+
+def _mesh(mesh: Row) -> str:
+    mesh = mesh.get("mesh", mesh)
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items()) or "1 GPU"
+
+
+def _figure(figure: float, remark: str) -> str:
+    return f"{figure:g} ({remark})" if remark else f"{figure:g}"
+
+
+def _tokens(row: Row) -> str:
+    return f"{row['tokens_useful']:g}/{row['tokens_computed']:g}"
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.1f} %"
+
+
+def _rate(row: Row | None) -> str:
+    return NOT_MEASURED if row is None else f"{row['samples_per_s']:.1f}"
+
+
+def _ms(row: Row) -> str:
+    return f"{row['step_ms']:.1f}"
+
+
+def _gib(row: Row) -> str:
+    return "" if row.get("peak_gib") is None else f"{row['peak_gib']:.1f}"
+
+
+def _ratio(row: Row | None, other: Row | None) -> str:
+    return NOT_MEASURED if row is None or other is None else f"{row['samples_per_s'] / other['samples_per_s']:.2f}"

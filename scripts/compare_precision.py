@@ -1,0 +1,135 @@
+"""Trains one model in several precisions from one checkpoint, on the same batches, and compares the losses.
+
+python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf16 fp8_delayed fp8_current]
+    [--seeds 1 2 3] [--runs DIR] [--limit SECONDS] [section.key=value ...]
+
+A first run of `WARM_STEPS` in the first recipe makes the checkpoint that all start from (model.init_from). Then each
+recipe trains with each seed (of the data order) for `train.steps`. One JSON line for each run: its losses, the mean of
+the last LAST of them, its validation loss, and both relative to the first recipe's with the same seed. The task is
+configs/precision_300m.yaml's; it needs the quickstart's data and tokenizer.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_STEPS = 50
+LAST = 50  # losses at the end that are averaged
+
+
+def train(run_dir: Path, overrides: list[str], limit: float) -> list[dict[str, Any]]:
+    """One run; returns the rows of its metrics.jsonl. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", "neva_jax.train", "--config", str(ROOT / "configs" / "precision_300m.yaml")]
+    command += [f"run.dir={run_dir}", *overrides]
+    print("$", *command[1:], file=sys.stderr, flush=True)
+    done = subprocess.run(command, cwd=ROOT, timeout=limit, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{run_dir}: exit status {done.returncode}")
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def compared(recipe: str, seed: int, rows: list[dict[str, Any]], reference: dict[str, Any] | None) -> dict[str, Any]:
+    """The line of one run; `reference` is the first recipe's with the same seed, None for itself."""
+    losses = [row["loss"] for row in rows if "loss" in row]
+    line: dict[str, Any] = {
+        "bench": "precision_convergence",
+        "recipe": recipe,
+        "seed": seed,
+        "steps": len(losses),
+        "last_loss": statistics.mean(losses[-LAST:]),
+        "val_loss": next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None),
+        "samples_per_s": statistics.median(row["samples_per_s"] for row in rows if "loss" in row),
+        "losses": losses,
+    }
+    if reference is not None:
+        line["last_loss_relative"] = line["last_loss"] / reference["last_loss"] - 1
+        if line["val_loss"] is not None:
+            line["val_loss_relative"] = line["val_loss"] / reference["val_loss"] - 1
+    return line
+
+
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Losses side by side, and below them what each recipe differs by from the first (means of 20 steps)."""
+    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    first = {line["seed"]: smooth(line["losses"]) for line in lines if line["recipe"] == lines[0]["recipe"]}
+    for line in lines:
+        label = f"{line['recipe']}, seed {line['seed']}"
+        losses = smooth(line["losses"])
+        above.plot(losses, linewidth=1, label=label)
+        if line["recipe"] != lines[0]["recipe"]:
+            pairs = zip(losses, first[line["seed"]], strict=False)
+            below.plot([100 * (ours / theirs - 1) for ours, theirs in pairs], linewidth=1, label=label)
+    above.set(ylabel="loss per token (mean of 20 steps)", yscale="log")
+    below.set(xlabel="step", ylabel=f"% above {lines[0]['recipe']}")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+    """Means of the last `window` values, or of as many as there are."""
+    return [statistics.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
+def main() -> int:
+    """Trains, compares, writes; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, metavar="F")
+    parser.add_argument("--plot", type=Path, required=True, metavar="F")
+    parser.add_argument("--recipes", nargs="+", default=["bf16", "fp8_delayed", "fp8_current"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "precision", metavar="DIR")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for all runs together")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args()
+    deadline = time.monotonic() + options.limit
+
+    # Asked in a process of its own: whoever asks JAX for devices takes their memory.
+    kind = [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"]
+    about = {
+        "gpu": subprocess.run(kind, check=True, capture_output=True, text=True).stdout.strip(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    start = options.runs / "start"
+    warm = [f"train.steps={WARM_STEPS}", f"precision.compute={options.recipes[0]}", "eval.every=1000000"]
+    train(start, [*options.overrides, *warm], deadline - time.monotonic())
+    lines: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        for recipe in options.recipes:
+            overrides = [f"model.init_from={start}", f"precision.compute={recipe}", f"run.seed={seed}"]
+            try:
+                rows = train(
+                    options.runs / f"{recipe}_{seed}", [*options.overrides, *overrides], deadline - time.monotonic()
+                )
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            reference = next((line for line in lines if line["seed"] == seed), None)
+            lines.append({**compared(recipe, seed, rows, reference), **about})
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            short = {name: value for name, value in lines[-1].items() if name != "losses"}
+            print(json.dumps(short), flush=True)
+    plot(lines, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
