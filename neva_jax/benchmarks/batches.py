@@ -30,8 +30,13 @@ def made_up(config: Config, segments: int) -> Iterator[Batch]:
       UserError: `data.max_length` is too short for the images.
     """
     rng = np.random.default_rng(config.run.seed)
-    pool = [Batch(_row_arrays(config, segments, rng)) for _ in range(POOL)]
+    pool = [_batch(_row_arrays(config, segments, rng)) for _ in range(POOL)]
     return itertools.cycle(pool)
+
+
+def _batch(arrays: dict[str, np.ndarray]) -> Batch:
+    segments = arrays["segment_ids"]
+    return Batch(arrays, samples=int(segments.max(axis=1).sum()), tokens=int((segments > 0).sum()))
 
 
 def _row_arrays(config: Config, segments: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

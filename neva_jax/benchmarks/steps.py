@@ -30,8 +30,17 @@ from neva_jax.planning.flops import flops_per_row
 from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.speed import default_rate
 from neva_jax.planning.trace import attention_backend
+from neva_jax.precision.fp8 import choose_backend
+from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import make_optimizer
-from neva_jax.training.setup import abstract_optimizer, abstract_parameters, initialise_optimizer
+from neva_jax.training.setup import (
+    abstract_optimizer,
+    abstract_parameters,
+    as_held,
+    as_saved,
+    initial_fp8_state,
+    initialise_optimizer,
+)
 from neva_jax.training.step import TrainState
 
 WARMUP = 3  # steps before those that are timed
@@ -84,7 +93,7 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
         "bench": "train",
         "impl": "neva_jax",
         **describe(config),
-        "backend": _linear_backend(config),
+        "backend": _linear_backend(config, len(devices)),
         "attention": _attention(config, devices[0]),
         "remat": config.train.remat,
         "unroll": config.train.unroll,
@@ -129,7 +138,7 @@ def timed_compile(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any,
 def random_state(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """(state, frozen parameters) on their shards, made layer by layer, so that making them holds less than a step."""
     _, abstract = abstract_parameters(config, mesh)
-    params = random_weights(abstract, config.run.seed)
+    params = as_held(config, random_weights(as_saved(config, abstract), config.run.seed), abstract)
     trained = {name: params[name] for name in trained_components(config.model)}
     frozen = {name: params[name] for name in frozen_components(config.model)}
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -137,6 +146,7 @@ def random_state(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]
     moments = abstract_optimizer(optimizer, shapes, mesh, config.mesh.zero1)
     counter = jax.device_put(jnp.int32(0), replicated(mesh))
     state = TrainState(counter, trained, initialise_optimizer(optimizer, trained, moments))
+    state = state._replace(guard=guard_state(config.guard, None), fp8=initial_fp8_state(config, mesh))
     return jax.block_until_ready((state, frozen))
 
 
@@ -211,8 +221,9 @@ def _attention(config: Config, device: jax.Device) -> str:
     return "xla" if config.model.attention == "auto" else config.model.attention
 
 
-def _linear_backend(config: Config) -> str:
-    return config.precision.fp8.backend if config.precision.compute.startswith("fp8") else "xla"
+def _linear_backend(config: Config, devices: int) -> str:
+    fp8 = config.precision.compute.startswith("fp8")
+    return choose_backend(config.precision.fp8, config, devices)[0] if fp8 else "xla"
 
 
 def _peak(devices: list[jax.Device]) -> int | None:

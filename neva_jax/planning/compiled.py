@@ -12,9 +12,10 @@ from neva_jax.derived import dropout_seed, frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh, replicated
 from neva_jax.planning.trace import batch_shapes
+from neva_jax.precision import fp8
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import learning_rate, make_optimizer
-from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
+from neva_jax.training.setup import abstract_optimizer, abstract_parameters, initial_fp8_state, place_updates
 from neva_jax.training.step import TrainState, make_train_step
 
 
@@ -65,12 +66,16 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
         trained,
         moments,
         guard_state(config.guard, None),
+        fp8=initial_fp8_state(config, mesh),
     )
     if config.optimizer.ema_decay is not None:
         state = state._replace(ema=trained)
     judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
     schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
-    step = make_train_step(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config), *judged_by)
+    options = fp8.compiler_options(fp8.recipe(config, mesh.size))
+    step = make_train_step(
+        graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config), *judged_by, options
+    )
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):
         compiled = step.lower(state, frozen, batch).compile()
