@@ -50,7 +50,7 @@ def test_the_message_names_file_row_id_and_field(config, tokenizer, broken_rows,
     (index,) = [i for i in range(20) if sources.order(i).row == bad]
     sample = SampleMaker(sources, settings, tokenizer)(index)
     (report,) = sample.pop("bad_rows")
-    assert sample == {"consumed": index + 1}
+    assert sample == {"consumed": index + 1, "refs": []}
     assert report.message == messages[bad]
     where, reason = f"{path}: row {bad} (id 'row-{bad}')", messages[bad].split("): ", 1)[1]
     assert report == BadRowReport(RowRef(0, bad), index, "bad", f"row-{bad}", where, reason)
@@ -180,7 +180,7 @@ def test_an_image_without_a_folder_is_a_bad_row(config, tokenizer, tmp_path):
         f"{path}: row 0 (id 'x'): field image names a.png, but its source has no images folder"
     ]
     assert samples[1]["bad_rows"] == []
-    assert set(samples[1]) == {*ARRAYS, "bad_rows", "consumed"}
+    assert set(samples[1]) == {*ARRAYS, "bad_rows", "consumed", "refs"}
 
 
 # --- rows left out on purpose ----------------------------------------------------------------------------------------

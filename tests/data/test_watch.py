@@ -129,12 +129,12 @@ HANGING_READ = """
         stream = batches(sources, config, Tokenizer.from_file(config.model.tokenizer), 0, 20)
         stream.timeout = 60  # while the workers start
         next(stream)
-        workers = {stream.board.number(child.pid): child.pid for child in multiprocessing.active_children()}
         stream.timeout, started = config.data.worker_timeout, time.monotonic()
         try:
             while True:
                 next(stream)
         except WorkerError as error:
+            workers = {stream.board.number(child.pid): child.pid for child in multiprocessing.active_children()}
             print(workers[1], time.monotonic() - started, error, sep="\\t", flush=True)
         for child in multiprocessing.active_children():
             child.kill()

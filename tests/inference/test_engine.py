@@ -25,6 +25,7 @@ from neva_jax.errors import UserError
 from neva_jax.inference.engine import Engine, Reply, Request, SamplingOptions
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.manifest import write_manifest
 from neva_jax.training.setup import with_vocabulary
 from tests.data.conversations import CHATML, KINDS, images, talk, toy
 
@@ -383,6 +384,7 @@ def moved(finetuned, tmp_path):
     def change(**values):
         path = step / "meta" / "meta.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        write_manifest(step)
 
     return step, change
 

@@ -92,8 +92,8 @@ def test_kept_activations_by_hand(shipped):
     full = estimate(shipped("pretrain_7b", "train.remat=full"), ONE)
     assert kept_per_token(full) == 2 * d  # the layer's input
     dots = estimate(shipped("pretrain_7b", "train.remat=dots"), ONE)
-    # input, q, k, v and the output projection; gate and up. The residual stream tells what `down` gave.
-    assert kept_per_token(dots) == 2 * (5 * d + 2 * f)
+    # input, q, k, v, what attention and its output projection gave; gate and up. The residual stream tells of `down`.
+    assert kept_per_token(dots) == 2 * (6 * d + 2 * f)
     none = estimate(shipped("pretrain_7b", "train.remat=none"), ONE)
     assert none.memory.kept > dots.memory.kept > full.memory.kept
 
