@@ -104,8 +104,7 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     # With ZeRO-1 gradients are reduced onto the shards of the moments (training.setup.place_updates).
     gradients = (local_bytes(moments) // 2 if config.mesh.zero1 else local_bytes(trained)) * min(accumulate, 2)
     kept = share.kept()
-    # XLA for CPUs fuses less: gradients, updates, and what the guard chooses from are arrays of their own.
-    updates = (2 if config.mesh.zero1 else 3) * local_bytes(trained) if platform == "cpu" else 0
+    updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
     memory = Memory(
         masters=local_bytes(trained),

@@ -1,7 +1,7 @@
 """The numeric guard: steps that must not change anything, and what a run does when there are too many of them.
 
 On the device, in the step itself, `judge` gives each step one of these verdicts; unless it is GOOD, the step leaves
-parameters, optimizer and everything else that is trained as they were (`kept_where`):
+parameters, optimizer and everything else that is trained as they were:
 
     NOT_FINITE   the loss or the gradients' norm is infinite or no number
     SPIKE        loss > median + guard.spike_factor * spread of the last guard.spike_window losses of good steps, where
@@ -21,7 +21,7 @@ the number of updates.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,6 @@ BAD = (NOT_FINITE, SPIKE)
 LEAST_SPREAD = 1e-3
 MOST_WAITING = 100  # steps whose verdicts are not read yet
 SHOWN = 3  # rows of a skipped step that its message names
-
-Tree = TypeVar("Tree")
-
 
 # --- on the device
 
@@ -80,11 +77,6 @@ def judge(
         losses = losses.at[place].set(jnp.where(good, loss, losses[place]))
     one = good.astype(jnp.int32)
     return verdict, GuardState(guard.skipped + 1 - one, guard.seen + one, losses)
-
-
-def kept_where(good: jax.Array, before: Tree, after: Tree) -> Tree:
-    """`after` where a step is good, else `before`, leaf by leaf: fused into the update, it reads nothing twice."""
-    return jax.tree.map(lambda old, new: jnp.where(good, new, old), before, after)
 
 
 # --- on the host

@@ -15,7 +15,7 @@ from flax import nnx
 
 from neva_jax.precision.fp8 import State as Fp8State
 from neva_jax.training import ema
-from neva_jax.training.guard import GOOD, GuardState, judge, kept_where
+from neva_jax.training.guard import GOOD, GuardState, judge
 from neva_jax.training.loss import weighted_nll
 
 Parameters = dict[str, Any]
@@ -117,13 +117,17 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         loss, grads, states = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
         norm, weights = optax.global_norm(grads), jnp.sum(batch["loss_weights"])
         verdict, guard = judge(state.guard, loss, norm, weights, spike_factor)
-        trained = optax.apply_updates(state.trained, updates)
-        average = ema.update(state.ema, trained, state.step + 1, ema_decay, ema_every)
-        after = state._replace(trained=trained, optimizer=optimizer_state, ema=average, fp8=states)
-        after = kept_where(verdict == GOOD, state, after)._replace(step=state.step + 1, guard=guard)
+
+        def updated(state: TrainState, grads: Parameters, states: Fp8State) -> TrainState:
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+            average = ema.update(state.ema, trained, state.step + 1, ema_decay, ema_every)
+            return state._replace(trained=trained, optimizer=optimizer_state, ema=average, fp8=states)
+
+        after = jax.lax.cond(verdict == GOOD, updated, lambda state, *_: state, state, grads, states)
+        after = after._replace(step=state.step + 1, guard=guard)
         lr = schedule(state.step - state.guard.skipped)
         return after, {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
 

@@ -182,9 +182,7 @@ def test_a_run_needs_the_file_only_when_it_starts(tmp_path, small_overrides):
     (reply,) = reader.generate([Request("Hi")], SamplingOptions(max_new_tokens=2))
     assert len(reply.ids) in (1, 2)
     path.write_text("{# another #}" + CHATML)
-    with pytest.raises(
-        UserError, match=r"data.chat_template: before the template it was trained with, now another one"
-    ):
+    with pytest.raises(UserError, match="chat_template: before the template it was trained with, now another one"):
         train.main([*small_overrides, *more, "train.steps=2"])
 
 

@@ -530,11 +530,13 @@ def test_random_ids_stream_to_what_they_decode_to(ours, library):
 
 @pytest.fixture
 def step(ours, tmp_path):
-    """A checkpoint step that has nothing but `meta`."""
+    """A checkpoint step that has no arrays."""
     folder = tmp_path / "run" / "checkpoints" / "3"
     (folder / "meta").mkdir(parents=True)
     for name, content in Meta(3, load_config(None, []), ("llm",), None, ours).files().items():
         (folder / "meta" / name).write_bytes(content)
+    (folder / "data").mkdir()
+    (folder / "data" / "metadata").write_text("{}")
     return folder
 
 
