@@ -3,12 +3,14 @@
 import jax
 
 from neva_jax.config import Config
+from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import RunError
 from neva_jax.planning.knobs import knobs
 from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.report import RESERVED_GIB, heading, knob_table, memory_table, verdict
 from neva_jax.planning.speed import Machine, default_rate
+from neva_jax.training.setup import with_vocabulary
 
 MARKS = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
@@ -23,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(config: Config, error: BaseException) -> RunError:
     """The error of a run with `config` for which there was not enough memory: one line, then the plan and its knobs.
 
-    `config`: with its vocabulary, if the run came so far.
+    `config`: as it was given; the vocabulary is the tokenizer's.
     """
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
@@ -37,6 +39,7 @@ def out_of_memory(config: Config, error: BaseException) -> RunError:
 def _plan(config: Config) -> list[str]:
     """The lines of `python -m neva_jax.plan` that are about memory."""
     try:
+        config = with_vocabulary(config, Tokenizer.from_file(config.model.tokenizer))
         plan = estimate(config, parse_mesh_shape(config.mesh.shape, jax.device_count()))
         helps = knobs(plan, Machine(flops=default_rate(config) * 1e12, nvlink=450e9, network=50e9, per_node=8))
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
