@@ -137,9 +137,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
     optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
-    said = peers.after_first(lambda: tidied(run_dir) if peers.first else [])
+    said = tidied(run_dir)
     row_counts = [train_rows.rows_in(i) for i in range(len(train_rows.files))]
-    resumed = peers.after_first(lambda: resumed_meta(config, tokenizer, run_dir, row_counts, said.append))
+    resumed = resumed_meta(config, tokenizer, run_dir, row_counts, said.append)
     start = 0 if resumed is None else resumed.step
     peers.agree(start, f"the newest checkpoint of run.dir={run_dir}, which must be a folder that all processes share")
     if resumed is None:
