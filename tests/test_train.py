@@ -260,7 +260,8 @@ def test_log_txt_tells_what_was_run(base):
         f"frozen vision ({counts['vision'] / 1e6:.2f}M); 25 rows, 8 per step in 1 micro batches; "
         "mesh data=1,fsdp=1,tensor=1 on cpu; fp32",
     ]
-    assert [line.split()[:2] for line in lines[2:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    assert lines[2].startswith("attention: xla (")
+    assert [line.split()[:2] for line in lines[3:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
     assert re.fullmatch(r"checkpoint 4: \d+\.\d MiB in \d+\.\d\d s; training waited \d+ ms", lines[-2])
     assert lines[-1] == f"done: step 4, checkpoint in {base}/checkpoints/4"
 

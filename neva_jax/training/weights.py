@@ -74,11 +74,12 @@ def _items(step_dir: Path, averaged: Path | None) -> dict[str, dict]:
     state_dir = (step_dir / "state").resolve()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(state_dir).item_metadata.tree if state_dir.is_dir() else None
+            described = checkpointer.metadata(state_dir).item_metadata if state_dir.is_dir() else None
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{step_dir}: is damaged, its state/ cannot be read ({reason(error)})") from None
-    if saved is None:
-        raise DamagedCheckpoint(f"{step_dir}: is damaged, its state/ cannot be read; take another step")
+        raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read ({reason(error)})") from None
+    if described is None:  # Orbax has then only logged what it found
+        raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read (no metadata); take another step")
+    saved = described.tree
     ema = saved.get("ema", {}) if averaged is not None and averaged.resolve() == step_dir.resolve() else {}
     return {"params": {name: tree for name, tree in saved["params"].items() if name not in ema}, "ema": ema}
 

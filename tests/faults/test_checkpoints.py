@@ -253,12 +253,14 @@ def test_where_no_checkpoint_is_good_nothing_is_touched(run, tokenizer):
 def test_what_is_not_looked_for_is_found_when_it_is_read(run, tokenizer):
     """checkpoint.verify=off saves the time; a file that cannot be read is still an error in one line."""
     step_dir = run[0] / "checkpoints" / "6"
-    os.truncate(largest(step_dir), 5000)
-    assert verify(step_dir, "off") is None
     params = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(one_device_mesh())),
         ocp.PyTreeCheckpointHandler().metadata(step_dir / "state").tree["params"]["llm"],
     )
+    for path in (step_dir / name for name in files_of(step_dir) if name.startswith("state/")):
+        if path.stat().st_size > 5000:  # any of them may hold what is read
+            os.truncate(path, 5000)
+    assert verify(step_dir, "off") is None
     with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its state/ cannot be read \("):
         load_components({"llm": params}, {"llm": step_dir})
 

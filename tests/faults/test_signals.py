@@ -41,10 +41,12 @@ def test_two_of_a_kind_at_once_are_one_request(run):
 
 
 @pytest.mark.parametrize(("first", "second", "wait", "status"), [("TERM", "TERM", 1.2, 143), ("INT", "INT", 0.2, 130)])
-def test_a_second_signal_ends_at_once_even_where_the_main_thread_hangs(run, first, second, wait, status):
+def test_a_second_signal_ends_at_once_even_where_the_main_thread_hangs(run, tmp_path, first, second, wait, status):
     """It waits in C for a lock that it holds itself: Python's own handlers can never run."""
     hang = f"""
     import ctypes, threading
+    while not os.path.isdir("{tmp_path}/run/checkpoints/2"):  # which is still being written
+        time.sleep(0.01)
     def kill():
         os.kill(os.getpid(), signal.SIG{first})
         time.sleep({wait})
