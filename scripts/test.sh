@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, lint, format check and tests with line coverage, as CI runs them. Arguments go to pytest:
+# Set-up, lint, format check and tests, as CI runs them. Arguments go to pytest:
 #   scripts/test.sh tests/models -k rope
+#   scripts/test.sh --cov=neva_jax --cov-report=term      with line coverage: a fifth slower
 # All steps run, so that one call shows everything; the exit status is the first failing step's.
 set -euo pipefail
 trap 'exit 130' INT
@@ -31,6 +32,6 @@ step() {
 
 step "ruff check" "$py" -m ruff check
 step "ruff format --check" "$py" -m ruff format --check
-step "pytest" "$py" -m pytest -n 2 --dist worksteal --cov=neva_jax --cov-report=term "$@"
+step "pytest" "$py" -m pytest -n 2 --dist worksteal "$@"
 [[ $status -eq 0 ]] || printf 'test: failed: %s\n' "$failed" >&2
 exit "$status"

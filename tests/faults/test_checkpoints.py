@@ -1,6 +1,6 @@
 """Runs that are killed, checkpoints that are damaged, disks that refuse: what is left, and what comes of it.
 
-What is about a process is a real one (`forks.py`); where a function is enough, it is called.
+What is about a process is a real one (`runs.py`); where a function is enough, it is called.
 """
 
 import dataclasses
@@ -30,38 +30,28 @@ from neva_jax.training.disk import probe
 from neva_jax.training.manifest import DamagedCheckpoint, files_of
 from neva_jax.training.resume import resumed_meta
 from neva_jax.training.weights import load_components
-from tests.faults.forks import Forks
+from tests.faults.conftest import checkpoints as steps
+from tests.faults.conftest import rows, state
+from tests.faults.kills import kill
 
 # Where the runs of the chain kill themselves; each comes one or two checkpoints further than the one before.
 KILLS = [
-    ["copied", 2],  # arrays copied, nothing written
-    ["committed", 2],  # Orbax has written all, no manifest
-    ["digesting", 25],  # in the middle of the manifest's digests
-    ["manifest", 2],  # manifest there, name not
-    ["named", 1],  # complete; older ones not deleted yet
-    ["deleting", 1],  # an older one half deleted
-    ["deleted", 1],
-    ["validating", 1],  # after the first batch of a validation
-    ["validated", 1],  # val_loss known, not logged
-    ["logged", 3],
-    ["batch", 4],  # the epoch changes every 3.125 steps
-    ["batch", 5],
-    *(["time", seconds] for seconds in (0.005, 0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.2)),
+    ("copied", 2),  # arrays copied, nothing written
+    ("committed", 2),  # Orbax has written all, no manifest
+    ("digesting", 25),  # in the middle of the manifest's digests
+    ("manifest", 2),  # manifest there, name not
+    ("named", 1),  # complete; older ones not deleted yet
+    ("deleting", 1),  # an older one half deleted
+    ("deleted", 1),
+    ("validating", 1),  # after the first batch of a validation
+    ("validated", 1),  # val_loss known, not logged
+    ("logged", 3),
+    ("batch", 4),  # the epoch changes every 3.125 steps
+    ("batch", 5),
+    *(("time", seconds) for seconds in (0.01, 0.05, 0.2)),
 ]
+MORE = [("time", seconds) for seconds in (0.005, 0.02, 0.08, 0.12, 0.16)]  # with NEVA_JAX_ALL_KILLS=1: a minute more
 SEED = 7
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    """Runs of one program compile it once."""
-    settings = {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    with Forks(settings) as forks:
-        yield forks
 
 
 @pytest.fixture
@@ -83,38 +73,19 @@ def settings(small_overrides) -> list[str]:
     ]
 
 
-def state(step_dir: Path) -> dict[str, tuple]:
-    """Every array of a checkpoint, as bytes."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(step_dir / "state").item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        saved = checkpointer.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    leaves = ((path, np.asarray(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(saved))
-    return {jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, leaf.tobytes()) for path, leaf in leaves}
-
-
-def repeatable(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what the clock says."""
-    timed = ("samples_per_s", "tokens_per_s", "data_wait_s")
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
-
-
-def steps(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-
-
-def test_twenty_kills_change_no_bit(forks, settings, tmp_path):
+def test_no_kill_changes_a_bit(parent, settings, tmp_path):
     settings = [*settings, "train.steps=64", "optimizer.constant_steps=3"]
     log, killed, whole = tmp_path / "log", tmp_path / "killed", tmp_path / "whole"
-    assert forks.run([*settings, f"run.dir={whole}"], log) == 0, log.read_text()
-    kills = random.Random(SEED).sample(KILLS, len(KILLS))
-    for kill in kills:
-        assert forks.run([*settings, f"run.dir={killed}"], log, kill) == -9, (kill, log.read_text()[-3000:])
-    assert forks.run([*settings, f"run.dir={killed}"], log) == 0, log.read_text()[-3000:]
-    assert repeatable(killed) == repeatable(whole)
-    assert [row["step"] for row in repeatable(whole) if "loss" in row] == list(range(1, 65))
-    ours, theirs = (state(run / "checkpoints" / "64") for run in (killed, whole))
+    assert parent.run([*settings, f"run.dir={whole}"], log) == 0, log.read_text()
+    kills = KILLS + (MORE if os.environ.get("NEVA_JAX_ALL_KILLS") == "1" else [])
+    random.Random(SEED).shuffle(kills)
+    for point, when in kills:
+        status = parent.run([*settings, f"run.dir={killed}"], log, kill(point, when))
+        assert status == -9, (point, when, log.read_text()[-3000:])
+    assert parent.run([*settings, f"run.dir={killed}"], log) == 0, log.read_text()[-3000:]
+    assert rows(killed) == rows(whole)
+    assert [row["step"] for row in rows(whole) if "loss" in row] == list(range(1, 65))
+    ours, theirs = (state(run, 64) for run in (killed, whole))
     assert sorted(ours) == sorted(theirs)
     assert [name for name in ours if ours[name] != theirs[name]] == []
     assert any(name.startswith("['ema']['llm']") for name in ours)
@@ -133,7 +104,7 @@ def test_twenty_kills_change_no_bit(forks, settings, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(forks, tmp_path_factory):
+def trained(parent, tmp_path_factory):
     """A run of 6 steps with the checkpoints 2, 4 and 6, and its settings. Copy it."""
     made = {}
 
@@ -143,7 +114,7 @@ def trained(forks, tmp_path_factory):
             made["settings"] = [*settings, "train.steps=6", "checkpoint.keep=null"]
             made["run"] = folder / "run"
             log = folder / "log"
-            assert forks.run([*made["settings"], f"run.dir={made['run']}"], log) == 0, log.read_text()
+            assert parent.run([*made["settings"], f"run.dir={made['run']}"], log) == 0, log.read_text()
         return made["run"], made["settings"]
 
     return get
@@ -222,20 +193,20 @@ def test_one_flipped_bit_in_any_file_of_a_real_checkpoint_is_found(run):
     assert verify(step_dir, "full") is None
 
 
-def test_a_run_falls_back_and_ends_as_if_nothing_had_been(run, forks, trained, settings, tmp_path):
+def test_a_run_falls_back_and_ends_as_if_nothing_had_been(run, parent, trained, settings, tmp_path):
     folder, arguments = run
     log = tmp_path / "log"
     flip_bit(largest(folder / "checkpoints" / "6"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert forks.run(arguments, log) == 2
+    assert parent.run(arguments, log) == 2
     (line,) = log.read_text().splitlines()
     assert line.startswith(f"error: {folder}/checkpoints/6/state/")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert forks.run([*arguments, "--allow-fallback"], log) == 0, log.read_text()
+    assert parent.run([*arguments, "--allow-fallback"], log) == 0, log.read_text()
     assert "going back to step 4" in (folder / "log.txt").read_text()
     assert steps(folder) == [2, 4, 6, 8]
-    first = [row for row in repeatable(trained(settings)[0]) if row["step"] <= 5]
-    assert [row for row in repeatable(folder) if row["step"] <= 5] == first
+    first = [row for row in rows(trained(settings)[0]) if row["step"] <= 5]
+    assert [row for row in rows(folder) if row["step"] <= 5] == first
     assert verify(folder / "checkpoints" / "6", "full") is None
 
 
@@ -412,11 +383,11 @@ def test_the_last_save_of_all_has_to_succeed(tokenizer, tmp_path):
     assert steps(tmp_path) == [2]
 
 
-def test_a_run_on_a_disk_that_fills_ends_with_its_newest_checkpoint_intact(small_disk, forks, settings, tmp_path):
+def test_a_run_on_a_disk_that_fills_ends_with_its_newest_checkpoint_intact(small_disk, parent, settings, tmp_path):
     """Nothing is deleted there (checkpoint.keep=null)."""
     subprocess.run(["mount", "-o", "remount,size=1500k", str(small_disk / "checkpoints")], check=True)
     log = tmp_path / "log"
-    status = forks.run([*settings, f"run.dir={small_disk}", "train.steps=40", "checkpoint.keep=null"], log)
+    status = parent.run([*settings, f"run.dir={small_disk}", "train.steps=40", "checkpoint.keep=null"], log)
     assert status == 1, log.read_text()
     last = [line for line in log.read_text().splitlines() if line.startswith("error: ")][-1]
     newest = max(steps(small_disk))
@@ -429,7 +400,7 @@ def test_a_run_on_a_disk_that_fills_ends_with_its_newest_checkpoint_intact(small
     for step in steps(small_disk):
         assert verify(small_disk / "checkpoints" / str(step), "full") is None
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk / "checkpoints")], check=True)
-    assert forks.run([*settings, f"run.dir={small_disk}", f"train.steps={newest + 3}"], log) == 0, log.read_text()
+    assert parent.run([*settings, f"run.dir={small_disk}", f"train.steps={newest + 3}"], log) == 0, log.read_text()
 
 
 def test_a_directory_is_tried_before_the_first_step(small_disk):
@@ -457,10 +428,10 @@ def test_space_for_two_checkpoints_or_for_one_beside_one_that_is_there(tmp_path,
     probe(tmp_path, gib)
 
 
-def test_a_run_without_space_is_refused_before_anything_is_computed(small_disk, forks, settings, tmp_path):
+def test_a_run_without_space_is_refused_before_anything_is_computed(small_disk, parent, settings, tmp_path):
     log = tmp_path / "log"
     subprocess.run(["mount", "-o", "remount,size=100k", str(small_disk / "checkpoints")], check=True)
-    assert forks.run([*settings, f"run.dir={small_disk}"], log) == 2
+    assert parent.run([*settings, f"run.dir={small_disk}"], log) == 2
     (line,) = log.read_text().splitlines()
     assert re.match(rf"error: run\.dir={small_disk}: a checkpoint takes 0\.. MiB, and two must fit, but only ", line)
     assert [path.name for path in small_disk.rglob("*")] == ["checkpoints"]

@@ -1,0 +1,103 @@
+"""FP8 in whole runs, by XLA's backend: where its state goes, that a resumed run repeats it, and that layouts agree."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from neva_jax import train
+from tests.faults.conftest import rows, state
+
+DELAYED = ["precision.compute=fp8_delayed", "precision.fp8.amax_history=3"]
+SITES = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture
+def start(small_overrides) -> Callable[..., Path]:
+    """Trains; returns the run's directory."""
+
+    def start(run_dir: Path, *overrides: str, mesh: str = "data=1", devices: int = 1) -> Path:
+        settings = [*small_overrides, f"run.dir={run_dir}", "data.val=[]", "optimizer.min_lr=5e-3", "optimizer.lr=5e-3"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "device_count", lambda: devices)
+            assert train.main([*settings, *DELAYED, *overrides, "--mesh-shape", mesh]) == 0
+        return run_dir
+
+    return start
+
+
+def arrays(run_dir: Path, step: int, part: str) -> dict[str, np.ndarray]:
+    """The f32 arrays of a part of a checkpoint, by their path in it."""
+    saved = {name: value for name, value in state(run_dir, step).items() if name.startswith(f"['{part}']")}
+    return {name: np.frombuffer(data, dtype).reshape(shape) for name, (dtype, shape, data) in saved.items()}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in rows(run_dir)]
+
+
+@pytest.mark.parametrize("stage", [["model.llm.freeze=true"], [], ["precision.compute=fp8_current"]], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(start, tmp_path, stage):
+    whole = start(tmp_path / "whole", *stage, "train.steps=5", "train.micro_batch=4")
+    start(tmp_path / "parts", *stage, "train.steps=3", "train.micro_batch=4")
+    parts = start(tmp_path / "parts", *stage, "train.steps=5", "train.micro_batch=4")
+    assert rows(parts) == rows(whole)
+    assert state(parts, 5) == state(whole, 5)
+    assert any(name.startswith("['fp8']") for name in state(whole, 5)) == ("precision.compute=fp8_current" not in stage)
+
+
+def test_the_state_is_saved_apart_and_nothing_else_knows_it(start, tmp_path):
+    """Neither the optimizer's moments nor the parameters have a place for it, so no clip, norm or decay sees it."""
+    run = start(tmp_path / "run", "optimizer.ema_decay=0.9")
+    names = {
+        f"['fp8']['{site}']['{tensor}']['{array}']"
+        for site in SITES
+        for tensor in ("x", "grad", "kernel")
+        for array in ("scale", "history")
+    }
+    saved = state(run, 4)
+    assert {name for name in saved if name.startswith("['fp8']")} == names
+    others = [name for name in saved if not name.startswith("['fp8']")]
+    assert not any(word in name for name in others for word in ("scale_", "history", "fp8", "gate_up", "qkv"))
+    for name, value in arrays(run, 4, "fp8").items():
+        assert value.shape == ((2, 3) if "history" in name else (2,))
+        assert (value[:, 1:] > 0).all() if "history" in name else (value != 1).all(), name
+
+
+def test_scales_follow_from_the_histories(start, tmp_path):
+    """`history` has rolled: its newest value is at the end."""
+    tensors = arrays(start(tmp_path / "run"), 4, "fp8")
+    for site in SITES:
+        for tensor, largest in (("x", 448), ("kernel", 448), ("grad", 57344)):
+            history = tensors[f"['fp8']['{site}']['{tensor}']['history']"]
+            # Of three values the oldest has been overwritten by the zero that the next step fills.
+            assert (history[:, 0] == 0).all()
+            scale = tensors[f"['fp8']['{site}']['{tensor}']['scale']"]
+            assert (scale <= np.float32(1.000001) * largest / history.max(1)).all()
+
+
+def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
+    """As in Transformer Engine: 3 places hold the micro batches of a step and one of the step before."""
+    one = arrays(start(tmp_path / "one", "train.steps=2"), 2, "fp8")
+    two = arrays(start(tmp_path / "two", "train.steps=2", "train.micro_batch=4"), 2, "fp8")
+    for site in SITES:
+        name = f"['fp8']['{site}']['x']['history']"
+        # The largest value of the whole batch is the larger one of its halves; what differs is the rounding before it.
+        np.testing.assert_allclose(two[name][:, 1:].max(1), one[name][:, -1], rtol=0.05)
+
+
+@pytest.mark.parametrize("stage", [["model.llm.freeze=true"], []], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize("mesh", ["data=2", "tensor=2", "fsdp=2"])
+def test_layouts_agree(start, tmp_path, mesh, stage):
+    """Sums in another order round a few values to another FP8 number, so not to 1e-5; the amax is that of all shards:
+    of one shard alone it would differ by far more than the bound."""
+    one = start(tmp_path / "one", *stage)
+    rows_each = 8 if mesh == "tensor=2" else 4
+    many = start(tmp_path / "many", *stage, f"train.micro_batch={rows_each}", mesh=mesh, devices=2)
+    np.testing.assert_allclose(losses(many), losses(one), rtol=2e-3)
+    expected, found = arrays(one, 4, "fp8"), arrays(many, 4, "fp8")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=0.15, err_msg=name)
