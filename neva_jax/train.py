@@ -236,7 +236,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         packed, chunk = config.data.pack, config.train.loss_chunk
         guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
         judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
-        options = fp8.compiler_options(fp8.recipe(config, mesh.size))
+        options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
         train_step = make_train_step(
             graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *judged_by, options
         )

@@ -155,6 +155,7 @@ def test_compiled_beside_the_estimate(planned):
         "model.vision.num_layers=2",
         "precision.compute=fp32",
         "train.global_batch=16",
+        "train.unroll=1",
     ]
     values = json.loads(planned(*PRETRAIN, "--compile", "--json", *small))["compiled"]
     assert values["platform"] == "cpu"

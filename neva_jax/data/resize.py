@@ -17,16 +17,21 @@ Pixels are 4 bytes, RGB and one that is ignored: so Pillow holds them, and so th
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import numba
 import numpy as np
+import PIL
 import pyarrow
 from PIL import Image
 
 BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 for weights that sum to more than 1 in between
 HALF = 1 << (BITS - 1)
 TILE = 32  # rows that are turned at a time; a multiple of 4
+OLD_PILLOW = (
+    int(PIL.__version__.split(".")[0]) < 13
+)  # dies where an image that borrows its memory is exported (issue 9896)
 MAX_SIDE = 65_535  # JPEG's own bound; weights take memory in proportion to the side
 
 
@@ -63,10 +68,12 @@ def resize(image: Image.Image, width: int, height: int, window: tuple[int, int, 
 
 
 def rgbx(image: Image.Image) -> np.ndarray:
-    """The pixels of an RGB or RGBX image, [H, W] of 4 bytes each; a copy where Pillow holds it in several blocks."""
-    try:
-        flat = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
-    except ValueError:  # Pillow holds large images (16 MB) in several blocks
+    """The pixels of an RGB or RGBX image, [H, W] of 4 bytes each; a copy where Pillow cannot give its own away."""
+    flat = None
+    if not (image.readonly and OLD_PILLOW):
+        with suppress(ValueError):  # large images (16 MB) are held in several blocks
+            flat = pyarrow.array(image).flatten().to_numpy(zero_copy_only=True)
+    if flat is None:
         flat = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
     return flat.view(np.uint32).reshape(image.height, image.width)
 

@@ -72,7 +72,7 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
         state = state._replace(ema=trained)
     judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
     schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
-    options = fp8.compiler_options(fp8.recipe(config, mesh.size))
+    options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
     step = make_train_step(
         graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config), *judged_by, options
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from neva_jax.data import resize as resize_module
 from neva_jax.data.resize import MAX_SIDE, _rows_first, resize, rgbx
 from tests.data.helpers import noise
 
@@ -100,3 +101,12 @@ def test_without_a_place_for_its_cache_it_still_computes(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("[1, 2, 3]\n", "")
+
+
+def test_an_image_that_borrows_its_memory_is_copied_where_pillow_would_die_of_its_export(monkeypatch):
+    pixels = np.random.default_rng(3).integers(0, 256, (7, 5, 4), np.uint8)
+    image = Image.frombuffer("RGBX", (5, 7), pixels, "raw", "RGBX", 0, 1)
+    assert image.readonly
+    monkeypatch.setattr(resize_module, "OLD_PILLOW", True)
+    monkeypatch.setattr(resize_module.pyarrow, "array", lambda image: pytest.fail("exported"))
+    np.testing.assert_array_equal(rgbx(image).view(np.uint8).reshape(7, 5, 4), pixels)

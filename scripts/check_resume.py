@@ -1,0 +1,114 @@
+"""Kills a real run, resumes it, and holds it against one that was left alone: one JSON line.
+
+    python scripts/check_resume.py --config configs/quickstart_finetune.yaml --dir runs/resume --kill-after 7 \\
+        train.steps=12 checkpoint.every=4
+
+The runs are `--dir`/whole and `--dir`/killed; the second is killed (SIGKILL) when step `--kill-after` is in its
+metrics.jsonl, then started again. The exit status is 0 where every row of metrics.jsonl and every bit of the last
+checkpoint agree, else 1.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from neva_jax.benchmarks.conditions import conditions
+
+TIMED = ("samples_per_s", "tokens_per_s", "data_wait_s")
+
+
+def main() -> int:
+    """Runs, compares, prints; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dir", required=True, type=Path)
+    parser.add_argument("--kill-after", required=True, type=int, metavar="STEP")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # here arrays are only compared: the device is the runs'
+    if options.dir.exists():
+        parser.error(f"--dir {options.dir}: is there already; name another, or delete it")
+    whole, killed = options.dir / "whole", options.dir / "killed"
+
+    def start(run_dir: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "neva_jax.train", "--config", options.config, *options.overrides]
+        return subprocess.Popen([*command, f"run.dir={run_dir}", "log.every=1"], stdout=sys.stderr)
+
+    def finish(run: subprocess.Popen) -> None:
+        if run.wait() != 0:
+            raise SystemExit(f"error: a run ended with status {run.returncode}, see above")
+
+    finish(start(whole))
+    run = start(killed)
+    while not (rows := metrics(killed)) or rows[-1]["step"] < options.kill_after:
+        if run.poll() is not None:
+            raise SystemExit(f"error: the run ended (status {run.returncode}) before step {options.kill_after}")
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    died_after, newest = metrics(killed)[-1]["step"], checkpoints(killed)[-1:]
+    finish(start(killed))
+
+    rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]
+    last = checkpoints(whole)[-1]
+    saved = [arrays(run / "checkpoints" / str(last) / "state") for run in (whole, killed)]
+    different = sorted(name for name in saved[0].keys() | saved[1].keys() if not same(*(s.get(name) for s in saved)))
+    rates = [row["samples_per_s"] for row in metrics(whole) if "samples_per_s" in row]
+    line = {
+        "bench": "resume",
+        "steps": last,
+        "killed_after_step": died_after,
+        "resumed_from": newest[0] if newest else 0,
+        "metrics_equal": rows[0] == rows[1],
+        "largest_loss_difference": max(
+            abs(a["loss"] - b["loss"]) for a, b in zip(*rows, strict=True) if "loss" in a and "loss" in b
+        ),
+        "arrays": len(saved[0]),
+        "arrays_different": different,
+        "samples_per_s": round(statistics.median(rates), 1),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "overrides": options.overrides,
+        **conditions("jax", "orbax-checkpoint"),
+    }
+    print(json.dumps(line))
+    return 0 if rows[0] == rows[1] and not different else 1
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The complete rows of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    """The steps of complete checkpoints."""
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
+
+
+def arrays(state_dir: Path) -> dict[str, np.ndarray]:
+    """Everything in a saved state, by its path."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(state_dir.resolve()).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        saved = checkpointer.restore(state_dir.resolve(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    """Whether two arrays have the same bits."""
+    return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
