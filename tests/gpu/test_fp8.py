@@ -4,6 +4,8 @@ Relative errors (Frobenius). A normal tensor cast to e4m3 with one scale is off 
 two casts by the root of the sum of squares, and SwiGLU adds a cast on the way.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -34,7 +36,7 @@ def _off(a, b):
 def _run(function, arguments, states, recipe, g):
     """(y, gradients of `arguments`) after three steps of the state."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=fp8.compiler_options(recipe, 1))
     def step(arguments, states):
         def call(arguments, states):
             scales = fp8.scales(recipe, states) if states else {}
