@@ -35,6 +35,7 @@ from neva_jax.errors import RunError, UserError, exit_with
 from neva_jax.models.neva import abstract_model
 from neva_jax.training.checkpoint import locate
 from neva_jax.training.metrics import RunLog
+from tests.conftest import ONE_DEVICE_FLAGS
 
 ROOT = Path(__file__).parent.parent
 ROWS, BATCH = 25, 8  # in the training data; in a step
@@ -589,7 +590,7 @@ def vanishes(group: int) -> bool:
 
 
 def hunt(folder: Path, settings: list[str]) -> Hunted:
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE_FLAGS}
     folder.mkdir()
     config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1"])
     (folder / "config.yaml").write_text(to_yaml(config))

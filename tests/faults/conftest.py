@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from neva_jax import train
+from tests.conftest import ONE_DEVICE_FLAGS
 from tests.faults.runs import Parent
 
 
@@ -25,7 +26,7 @@ def programs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def parent(programs) -> Iterator[Parent]:
     settings = {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": ONE_DEVICE_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
