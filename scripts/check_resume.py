@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from neva_jax.benchmarks.conditions import conditions
+from neva_jax.training.retention import steps_in
 
 TIMED = ("samples_per_s", "tokens_per_s", "data_wait_s")
 
@@ -57,11 +58,11 @@ def main() -> int:
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    died_after, newest = metrics(killed)[-1]["step"], checkpoints(killed)[-1:]
+    died_after, newest = metrics(killed)[-1]["step"], steps_in(killed / "checkpoints")[-1:]
     finish(start(killed))
 
     rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]
-    last = checkpoints(whole)[-1]
+    last = steps_in(whole / "checkpoints")[-1]
     saved = [arrays(run / "checkpoints" / str(last) / "state") for run in (whole, killed)]
     different = sorted(name for name in saved[0].keys() | saved[1].keys() if not same(*(s.get(name) for s in saved)))
     rates = [row["samples_per_s"] for row in metrics(whole) if "samples_per_s" in row]
@@ -89,11 +90,6 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The complete rows of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def checkpoints(run_dir: Path) -> list[int]:
-    """The steps of complete checkpoints."""
-    return sorted(int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 def arrays(state_dir: Path) -> dict[str, np.ndarray]:

@@ -29,9 +29,8 @@ from PIL import Image
 BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 for weights that sum to more than 1 in between
 HALF = 1 << (BITS - 1)
 TILE = 32  # rows that are turned at a time; a multiple of 4
-OLD_PILLOW = (
-    int(PIL.__version__.split(".")[0]) < 13
-)  # dies where an image that borrows its memory is exported (issue 9896)
+# It dies where an image that borrows its memory is exported (Pillow's issue 9896).
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 MAX_SIDE = 65_535  # JPEG's own bound; weights take memory in proportion to the side
 
 
