@@ -1,6 +1,7 @@
 """Fixtures that all tests share: a tiny tokenizer, a tiny LLaVA data set, and the settings of a tiny run."""
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -31,10 +32,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # does less. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` tests what users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image, ImageDraw
+
+# A session's process compiles mostly what it needs once; what it starts finds all of its programs (the variable above).
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# There are a few million objects that live as long as the session: looking for garbage among them less often.
+gc.set_threshold(50_000, 50, 100)
 
 # What the processes get that tests start and that have one device.
 ONE_DEVICE_FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)

@@ -556,27 +556,6 @@ def test_a_run_that_may_not_go_on_says_why(start, base):
 SECONDS = 120  # until a process is given up
 
 
-@dataclass
-class Hunted:
-    """A run that was killed, continued, terminated and continued; and the same run without all that."""
-
-    run: Path
-    calm: Path
-    outlived: bool  # by a worker, when it was killed
-    when_terminated: list[int]  # steps of the checkpoints
-    logged_when_terminated: int  # the last step
-    terminated: tuple[int, str]  # exit status, stderr
-    finished: tuple[int, str]
-
-
-@pytest.fixture
-def hunted(shared, settings) -> Hunted:
-    folder, made = shared
-    if "hunted" not in made:
-        made["hunted"] = hunt(folder / "hunted", settings)
-    return made["hunted"]
-
-
 def vanishes(group: int) -> bool:
     """Whether the last process of a group ends soon."""
     limit = time.monotonic() + 10
@@ -589,18 +568,17 @@ def vanishes(group: int) -> bool:
     return False
 
 
-def hunt(folder: Path, settings: list[str]) -> Hunted:
+def test_a_process_that_is_killed_leaves_no_worker_and_one_that_is_terminated_saves_its_step(settings, tmp_path):
+    """What becomes of the numbers, tests/faults proves."""
     environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE_FLAGS}
-    folder.mkdir()
-    config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1"])
-    (folder / "config.yaml").write_text(to_yaml(config))
-    run, calm = folder / "run", folder / "calm"
+    config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1", "data.workers=1"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    run = tmp_path / "run"
 
     @contextmanager
-    def process(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen]:
-        arguments = ["--config", str(folder / "config.yaml"), f"run.dir={run_dir}", *overrides]
-        command = [sys.executable, "-m", "neva_jax.train", *arguments]
-        with (folder / "stderr").open("w") as stderr:
+    def process() -> Iterator[subprocess.Popen]:
+        command = [sys.executable, "-m", "neva_jax.train", "--config", str(tmp_path / "config.yaml"), f"run.dir={run}"]
+        with (tmp_path / "stderr").open("w") as stderr:
             started = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr, start_new_session=True)
         try:
             yield started
@@ -611,7 +589,7 @@ def hunt(folder: Path, settings: list[str]) -> Hunted:
             started.wait()
 
     def stderr() -> str:
-        return (folder / "stderr").read_text()
+        return (tmp_path / "stderr").read_text()
 
     def wait_for(started: subprocess.Popen, step: int) -> None:
         limit = time.monotonic() + SECONDS
@@ -620,44 +598,22 @@ def hunt(folder: Path, settings: list[str]) -> Hunted:
             assert time.monotonic() < limit, stderr()
             time.sleep(0.01)
 
-    with process(calm) as started:
-        pass
-    assert started.returncode == 0, stderr()
-
-    with process(run, "data.workers=1") as started:
+    with process() as started:
         wait_for(started, 5)
         started.kill()
         started.wait()
-        outlived = not vanishes(started.pid)
+        assert vanishes(started.pid)
+    before = checkpoints(run)
 
-    with process(run, "data.workers=1") as started:
+    with process() as started:
         wait_for(started, 10)
         started.terminate()
-    terminated, when_terminated, logged = (started.returncode, stderr()), checkpoints(run), max(losses(run))
-
-    with process(run, "data.workers=1") as started:
-        pass
-    return Hunted(run, calm, outlived, when_terminated, logged, terminated, (started.returncode, stderr()))
-
-
-def test_process_that_was_killed_and_terminated_ends_like_one_that_was_not(hunted):
-    assert hunted.finished[0] == 0, hunted.finished[1]
-    assert repeatable(hunted.run) == repeatable(hunted.calm)
-    assert differing(state(hunted.run, 24), state(hunted.calm, 24)) == []
-
-
-def test_process_that_was_killed_leaves_no_worker_behind(hunted):
-    assert not hunted.outlived
-
-
-def test_process_that_was_terminated_has_saved_the_step_that_was_under_way(hunted):
-    status, stderr = hunted.terminated
-    assert status == 143, stderr
-    last = hunted.logged_when_terminated
+    assert started.returncode == 143, stderr()
+    assert f"resumed from step {before[-1]}" in stderr().splitlines()
+    last = max(losses(run))
     assert 10 <= last < 24
-    assert hunted.when_terminated[-1] == last
-    assert stderr.splitlines()[-1] == f"stopped by signal 15 after step {last}, saved; the same command continues"
-    assert f"resumed from step {last}" in hunted.finished[1].splitlines()
+    assert checkpoints(run)[-1] == last
+    assert stderr().splitlines()[-1] == f"stopped by signal 15 after step {last}, saved; the same command continues"
 
 
 # --- what a checkpoint holds -----------------------------------------------------------------------------------------

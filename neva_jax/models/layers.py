@@ -62,12 +62,22 @@ def uniform(bound: float) -> Callable:
 
 
 def param(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Callable, layers: int | None = None
+    rngs: nnx.Rngs | None,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable,
+    layers: int | None = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> nnx.Param:
-    """An fp32 parameter with logical axes; `layers` puts a leading dimension before `shape`."""
+    """A parameter with logical axes; `layers` puts a leading dimension before `shape`.
+
+    rngs None: its shape and dtype alone.
+    """
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
@@ -83,7 +93,7 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
 class LayerNorm(nnx.Module):
     """Layer norm over the last dimension, computed in fp32 (torch.nn.LayerNorm)."""
 
-    def __init__(self, rngs: nnx.Rngs, dim: int, eps: float, layers: int | None = None):
+    def __init__(self, rngs: nnx.Rngs | None, dim: int, eps: float, layers: int | None = None):
         self.scale = param(rngs, (dim,), ("norm",), jax.nn.initializers.ones, layers)
         self.bias = param(rngs, (dim,), ("norm",), jax.nn.initializers.zeros, layers)
         self.eps = eps
@@ -100,7 +110,7 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last dimension, computed in fp32 (HF LlamaRMSNorm)."""
 
-    def __init__(self, rngs: nnx.Rngs, dim: int, eps: float, layers: int | None = None):
+    def __init__(self, rngs: nnx.Rngs | None, dim: int, eps: float, layers: int | None = None):
         self.scale = param(rngs, (dim,), ("norm",), jax.nn.initializers.ones, layers)
         self.eps = eps
 

@@ -75,7 +75,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         config: LlmConfig,
         backends: Backends = XLA,
         layers: int | None = None,
@@ -112,7 +112,7 @@ class Block(nnx.Module):
         if "down" not in stored:
             self.down = param(rngs, (f, d), ("mlp", "embed"), out, layers)
         for site in stored:
-            setattr(self, f"fp8_{site}", Fp8Kernel(site, config, layers))
+            setattr(self, f"fp8_{site}", Fp8Kernel(rngs, site, config, layers))
         if config.mlp_bias:
             self.gate_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
@@ -246,7 +246,7 @@ class Llama(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         config: LlmConfig,
         dtype: jnp.dtype,
         backends: Backends = XLA,

@@ -19,6 +19,7 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig
 from neva_jax.derived import head_dim, kv_heads
+from neva_jax.models.layers import param
 from neva_jax.precision import fp8
 
 PARAMETERS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -51,17 +52,13 @@ def _shape(site: str, config: LlmConfig) -> tuple[tuple[int, ...], tuple[str | N
 class Fp8Kernel(nnx.Module):
     """A site's kernel in FP8, or a stack of `layers` of them: see `precision.fp8.Stored`."""
 
-    def __init__(self, site: str, config: LlmConfig, layers: int | None = None):
+    def __init__(self, rngs: nnx.Rngs | None, site: str, config: LlmConfig, layers: int | None = None):
         shape, axes = _shape(site, config)
-        n = INPUTS[site]
-        leading, named = ((), ()) if layers is None else ((layers,), ("layers",))
-
-        def held(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> nnx.Param:
-            return nnx.Param(jnp.zeros((*leading, *shape), dtype), axes=(*named, *axes))
-
-        self.forward = held((*shape[n:], *shape[:n]), (*axes[n:], *axes[:n]), jnp.float8_e4m3fn)
-        self.backward = held(shape, axes, jnp.float8_e4m3fn)
-        self.inverse = held((), (), jnp.float32)
+        n, zeros = INPUTS[site], jax.nn.initializers.zeros
+        turned, turned_axes = (*shape[n:], *shape[:n]), (*axes[n:], *axes[:n])
+        self.forward = param(rngs, turned, turned_axes, zeros, layers, jnp.float8_e4m3fn)
+        self.backward = param(rngs, shape, axes, zeros, layers, jnp.float8_e4m3fn)
+        self.inverse = param(rngs, (), (), zeros, layers)
 
     def __call__(self) -> fp8.Stored:
         """As the functions of `precision.fp8` take it."""

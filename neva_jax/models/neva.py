@@ -31,7 +31,7 @@ class Neva(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         config: ModelConfig,
         precision: PrecisionConfig,
         remat: Remat = NO_REMAT,
@@ -104,8 +104,7 @@ def abstract_model(
     devices: int = 1,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The model's graph definition, and its parameters as shapes with their logical axes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Neva(nnx.Rngs(0), config, precision, remat, unroll, mesh, recipe, segments, devices))
-    return nnx.split(model)
+    return nnx.split(Neva(None, config, precision, remat, unroll, mesh, recipe, segments, devices))
 
 
 def random_parameters(config: ModelConfig, precision: PrecisionConfig, rng: jax.Array) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Projector(nnx.Module):
     `identity`: none. `mlp_downsample`: 2 x 2 neighbours, LayerNorm, Linear, GELU, Linear (VILA, NeVA).
     """
 
-    def __init__(self, rngs: nnx.Rngs, config: ProjectorConfig, in_dim: int, out_dim: int, dtype: jnp.dtype):
+    def __init__(self, rngs: nnx.Rngs | None, config: ProjectorConfig, in_dim: int, out_dim: int, dtype: jnp.dtype):
         self.layers = projector_layers(config.kind)
         if config.kind == "mlp_downsample":
             in_dim = 4 * in_dim

@@ -27,7 +27,7 @@ class VisionBlock(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         config: VisionConfig,
         layers: int | None = None,
         split: bool = True,
@@ -93,7 +93,7 @@ class Vision(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         config: VisionConfig,
         dtype: jnp.dtype,
         remat: Remat,

@@ -8,12 +8,16 @@
 SOURCE is Python, executed in the run before it begins: the damage that is done to it.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +73,19 @@ def _child(command: dict) -> None:
     from neva_jax.errors import exit_with
 
     exec(command["before"], {"train": train})
-    exit_with(lambda: train.main(command["start"]))
+    try:
+        exit_with(lambda: train.main(command["start"]))
+    except SystemExit as ended:
+        status = ended.code or 0
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # All that an interpreter does at its end but for taking itself apart, which copies every page of the parent.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _wait(pid: int, seconds: float) -> int:
@@ -89,6 +105,7 @@ def _serve() -> None:
     from neva_jax.data import images, resize  # noqa: F401
     from neva_jax.training import plot  # noqa: F401
 
+    gc.freeze()  # what is here now is no garbage, and looking at it would copy its pages
     for line in sys.stdin:
         command = json.loads(line)
         if "wait" in command:
@@ -97,7 +114,6 @@ def _serve() -> None:
         pid = os.fork()
         if pid == 0:
             _child(command)
-            os._exit(99)
         print(pid, flush=True)
 
 

@@ -260,6 +260,10 @@ def test_scaled_output_projections_start_smaller(scaled):
 # --- rotary embedding ------------------------------------------------------------------------------------------------
 
 
+_angles = jax.jit(rotary_angles, static_argnums=1)
+_rotate = jax.jit(rotate)
+
+
 def _llm(**settings):
     return LlmConfig(**{"vocab_size": 9, "hidden_size": 24, "num_heads": 2, "head_dim": 12, **settings})
 
@@ -281,7 +285,7 @@ def test_rotary_embedding_is_a_complex_rotation(base, farthest, atol, fraction, 
         1j * positions[:, :, None, None] * base ** (-2 * np.arange(half) / rotated)
     )
     config = _llm(head_dim=width, rope_base=base, rope_fraction=fraction)
-    out = rotate(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), config))
+    out = _rotate(jnp.asarray(x), *_angles(jnp.asarray(positions), config))
     expected = np.concatenate([turned.real, turned.imag, x[..., rotated:]], -1)
     np.testing.assert_allclose(out, expected, rtol=0, atol=atol)
     np.testing.assert_array_equal(out[0, 0], x[0, 0])  # position 0 stays
@@ -290,11 +294,11 @@ def test_rotary_embedding_is_a_complex_rotation(base, farthest, atol, fraction, 
 def test_rotary_embedding_in_bf16_rounds_once():
     """Angles and products are fp32: bf16 angles would be off by whole radians at position 1000."""
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 4, 2, 8)), jnp.bfloat16)
-    angles = rotary_angles(jnp.array([[0, 1, 999, 1000]]), _llm(head_dim=8))
+    angles = _angles(jnp.array([[0, 1, 999, 1000]]), _llm(head_dim=8))
     assert [a.dtype for a in angles] == [jnp.float32] * 2
-    out = rotate(x, *angles)
+    out = _rotate(x, *angles)
     assert out.dtype == jnp.bfloat16
-    exact = rotate(x.astype(jnp.float32), *angles)
+    exact = _rotate(x.astype(jnp.float32), *angles)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8)
 
 
@@ -330,7 +334,7 @@ def test_stretched_angles_against_their_definitions(scaling, fraction, rotated):
         rope_high_freq_factor=2.5,
     )
     positions = np.stack([np.arange(60), np.arange(60) % 15])
-    cos, sin = rotary_angles(jnp.asarray(positions), config)
+    cos, sin = _angles(jnp.asarray(positions), config)
     for row, length in ((0, 60), (1, 15)):
         angles = np.stack([positions[row] * _frequency(config, rotated, i, length) for i in range(rotated // 2)], -1)
         np.testing.assert_allclose(cos[row], np.cos(angles), rtol=0, atol=2e-5)
@@ -341,11 +345,11 @@ def test_dynamic_rope_does_not_see_other_rows():
     """A row within the original length has the plain angles, whatever stands beside it."""
     config = _llm(rope_scaling="dynamic", rope_factor=4.0, rope_original_length=8)
     positions = jnp.stack([jnp.arange(20) % 8, jnp.arange(20), jnp.arange(20) % 12])
-    together = rotary_angles(positions, config)
+    together = _angles(positions, config)
     for row in range(3):
-        for ours, alone in zip(together, rotary_angles(positions[row : row + 1], config), strict=True):
+        for ours, alone in zip(together, _angles(positions[row : row + 1], config), strict=True):
             np.testing.assert_array_equal(ours[row], alone[0])
-    for ours, plain in zip(together, rotary_angles(positions, _llm()), strict=True):
+    for ours, plain in zip(together, _angles(positions, _llm()), strict=True):
         np.testing.assert_allclose(ours[0], plain[0], rtol=0, atol=1e-6)
         assert np.abs(ours[1:] - plain[1:]).max(axis=(1, 2)).min() > 0.1
 
@@ -364,9 +368,18 @@ def _tiny(remat=NO_REMAT, unroll=1, **rates):
 
 def _hidden(model, seed=0):
     """[2, 6, D] of random embeddings, with dropout by the key `seed`; None: without."""
+    x, positions = _inputs()
+    return x, _run(model, x, positions, None if seed is None else jax.random.key(seed))
+
+
+def _inputs():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 32)), jnp.float32)
-    positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    return x, model(x, positions, rng=None if seed is None else jax.random.key(seed))[0]
+    return x, jnp.broadcast_to(jnp.arange(6), (2, 6))
+
+
+@nnx.jit
+def _run(model, x, positions, rng):
+    return model(x, positions, rng=rng)[0]
 
 
 def test_hidden_dropout_is_after_the_embedding_and_on_both_branches():
@@ -402,7 +415,7 @@ def test_each_layer_and_key_drops_out_otherwise(rate):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.random, "bernoulli", lambda rng, p, shape: seen.append(rng) or jnp.ones(shape, bool))
         patch.setattr("neva_jax.models.llama.scan_layers", _by_hand)
-        _hidden(model)
+        model(*_inputs(), rng=jax.random.key(0))
     keys = {tuple(np.asarray(jax.random.key_data(rng))) for rng in seen}
     assert len(keys) == len(seen) == {"hidden_dropout": 9, "attention_dropout": 4, "ffn_dropout": 4}[rate]
 

@@ -28,6 +28,15 @@ def start(small_overrides) -> Callable[..., Path]:
     return start
 
 
+@pytest.fixture
+def plain(start, tmp_path_factory) -> Path:
+    """Four steps on one device, with a moving average; made once."""
+    run_dir = tmp_path_factory.getbasetemp() / "fp8_on_one_device"
+    if not run_dir.exists():
+        start(run_dir, "optimizer.ema_decay=0.9")
+    return run_dir
+
+
 def arrays(run_dir: Path, step: int, part: str) -> dict[str, np.ndarray]:
     """The f32 arrays of a part of a checkpoint, by their path in it."""
     saved = {name: value for name, value in state(run_dir, step).items() if name.startswith(f"['{part}']")}
@@ -48,27 +57,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(start, tmp_path, stag
     assert any(name.startswith("['fp8']") for name in state(whole, 5))
 
 
-def test_the_state_is_saved_apart_and_nothing_else_knows_it(start, tmp_path):
+def test_the_state_is_saved_apart_and_nothing_else_knows_it(plain):
     """Neither the optimizer's moments nor the parameters have a place for it, so no clip, norm or decay sees it."""
-    run = start(tmp_path / "run", "optimizer.ema_decay=0.9")
     names = {
         f"['fp8']['{site}']['{tensor}']['{array}']"
         for site in SITES
         for tensor in ("x", "grad", "kernel")
         for array in ("scale", "history")
     }
-    saved = state(run, 4)
+    saved = state(plain, 4)
     assert {name for name in saved if name.startswith("['fp8']")} == names
     others = [name for name in saved if not name.startswith("['fp8']")]
     assert not any(word in name for name in others for word in ("scale_", "history", "fp8", "gate_up", "qkv"))
-    for name, value in arrays(run, 4, "fp8").items():
+    for name, value in arrays(plain, 4, "fp8").items():
         assert value.shape == ((2, 3) if "history" in name else (2,))
         assert (value[:, 1:] > 0).all() if "history" in name else (value != 1).all(), name
 
 
-def test_scales_follow_from_the_histories(start, tmp_path):
+def test_scales_follow_from_the_histories(plain):
     """`history` has rolled: its newest value is at the end."""
-    tensors = arrays(start(tmp_path / "run"), 4, "fp8")
+    tensors = arrays(plain, 4, "fp8")
     for site in SITES:
         for tensor, largest in (("x", 448), ("kernel", 448), ("grad", 57344)):
             history = tensors[f"['fp8']['{site}']['{tensor}']['history']"]
@@ -89,16 +97,13 @@ def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "tensor=2", "fsdp=2"])
-def test_layouts_agree(start, tmp_path_factory, tmp_path, mesh):
+def test_layouts_agree(start, plain, tmp_path, mesh):
     """Sums in another order round a few values to another FP8 number, so not to 1e-5; the amax is that of all shards:
     of one shard alone it would differ by far more than the bound."""
-    one = tmp_path_factory.getbasetemp() / "fp8_on_one_device"
-    if not one.exists():
-        start(one)
     rows_each = 8 if mesh == "tensor=2" else 4
     many = start(tmp_path / "many", f"train.micro_batch={rows_each}", mesh=mesh, devices=2)
-    np.testing.assert_allclose(losses(many), losses(one), rtol=2e-3)
-    expected, found = arrays(one, 4, "fp8"), arrays(many, 4, "fp8")
+    np.testing.assert_allclose(losses(many), losses(plain), rtol=2e-3)
+    expected, found = arrays(plain, 4, "fp8"), arrays(many, 4, "fp8")
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0.15, err_msg=name)
