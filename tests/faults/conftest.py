@@ -30,6 +30,7 @@ def parent(programs) -> Iterator[Parent]:
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "MALLOC_ARENA_MAX": "2",  # else each new thread of a pool keeps memory of its own, which looks like a leak
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
     with Parent(settings) as parent:
