@@ -8,11 +8,12 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from neva_jax.config import Config, SourceConfig, walk
@@ -130,8 +131,7 @@ def _nest(name: str, value: Any) -> dict:
 
 def _merged(layers: Sequence[tuple[dict, str]]) -> Config:
     """The schema's defaults under (values, where they come from), the later ones on top."""
-    merged = OmegaConf.structured(Config)
-    OmegaConf.set_readonly(merged, False)
+    merged = _schema(Config)
     for values, origin in layers:
         _check_keys(values, Config, "", origin)
     try:
@@ -143,6 +143,12 @@ def _merged(layers: Sequence[tuple[dict, str]]) -> Config:
                 merged = OmegaConf.merge(merged, values)
     with _named("configuration"):
         return OmegaConf.to_object(merged)
+
+
+@cache
+def _schema(kind: type) -> DictConfig:
+    """OmegaConf's view of a section, which `merge` copies: making it takes longer than merging."""
+    return OmegaConf.structured(kind, flags={"readonly": False})
 
 
 _MERGE_ERRORS = (OmegaConfBaseException, TypeError, ValueError)
@@ -185,7 +191,7 @@ def _check_keys(values: Any, schema: type, prefix: str, origin: str) -> None:
             for i, source in enumerate(value):
                 _check_keys(source, SourceConfig, f"{prefix}{name}[{i}].", origin)
                 with _named(origin, f"{prefix}{name}[{i}]."):
-                    OmegaConf.merge(OmegaConf.structured(SourceConfig(), flags={"readonly": False}), source)
+                    OmegaConf.merge(_schema(SourceConfig), source)
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -24,9 +24,13 @@ PREFIX = "/jax/compilation_cache/"
 
 @pytest.fixture(autouse=True)
 def the_sessions_cache_afterwards() -> Iterator[None]:
-    before = jax.config.values["jax_compilation_cache_dir"]
+    """In a test, programs are kept that compile in no time; afterwards all is as before."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update(names[1], 0.0)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name in names:
+        jax.config.update(name, before[name])
     compilation_cache.reset_cache()
 
 
