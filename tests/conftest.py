@@ -59,6 +59,17 @@ def area(side):    return side * side  # four  spaces, two  spaces
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run the cases too that are marked thorough")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("thorough"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+
+
 @dataclass(frozen=True)
 class LlavaData:
     """A LLaVA data set on disk: `json` (rows to train on) and `val_json`, image paths relative to `images`."""

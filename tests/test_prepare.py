@@ -89,8 +89,15 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("kind", ["array_record", "tfds"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGINT, "array_record"),
+        (signal.SIGKILL, "tfds"),
+        pytest.param(signal.SIGINT, "tfds", marks=pytest.mark.thorough),
+        pytest.param(signal.SIGKILL, "array_record", marks=pytest.mark.thorough),
+    ],
+)
 def test_an_interrupted_one_leaves_nothing_that_looks_whole(llava_data, tmp_path, number, kind):
     rows = json.loads(llava_data.json.read_text()) * 20_000
     (tmp_path / "rows.json").write_text(json.dumps(rows))

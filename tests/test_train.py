@@ -302,7 +302,9 @@ def test_a_trace_that_reaches_the_end_of_the_run_is_written(start, profiler_off,
 LAYOUTS = {"data=2,tensor=4": 4, "fsdp=8": 1, "data=8": 1}  # and the largest train.micro_batch
 
 
-@pytest.mark.parametrize("mesh", LAYOUTS)
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=4", *(pytest.param(mesh, marks=pytest.mark.thorough) for mesh in ("fsdp=8", "data=8"))]
+)
 def test_eight_devices_train_like_one(mesh, start, tuned, base, tmp_path):
     overrides = [f"model.init_from={base}", f"train.micro_batch={LAYOUTS[mesh]}"]
     assert start(tmp_path / "run", *overrides, mesh=mesh) == 0

@@ -207,7 +207,11 @@ SIGNAL_AFTER_STEP_1 = """
     ("name", "message"),
     [
         ("SIGKILL", "was killed by SIGKILL"),
-        ("SIGSTOP", "no batch for data.worker_timeout=2 seconds: data worker 0 of 1"),
+        pytest.param(
+            "SIGSTOP",
+            "no batch for data.worker_timeout=2 seconds: data worker 0 of 1",
+            marks=pytest.mark.thorough,  # tests/faults/test_watchdog.py has it too
+        ),
     ],
 )
 def test_training_ends_with_status_1_and_one_line(small_overrides, tmp_path, name, message):

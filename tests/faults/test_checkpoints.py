@@ -46,11 +46,11 @@ KILLS = [
     ("validating", 1),  # after the first batch of a validation
     ("validated", 1),  # val_loss known, not logged
     ("logged", 3),
-    ("batch", 4),  # the epoch changes every 3.125 steps
-    ("batch", 5),
-    *(("time", seconds) for seconds in (0.01, 0.05, 0.2)),
+    ("batch", 5),  # the epoch changes every 3.125 steps
+    ("time", 0.05),
 ]
-MORE = [("time", seconds) for seconds in (0.005, 0.02, 0.08, 0.12, 0.16)]  # with NEVA_JAX_ALL_KILLS=1: a minute more
+# With --thorough.
+MORE = [("batch", 4), *(("time", seconds) for seconds in (0.005, 0.01, 0.02, 0.08, 0.12, 0.16, 0.2))]
 SEED = 7
 
 
@@ -73,11 +73,11 @@ def settings(small_overrides) -> list[str]:
     ]
 
 
-def test_no_kill_changes_a_bit(parent, settings, tmp_path):
+def test_no_kill_changes_a_bit(parent, settings, tmp_path, pytestconfig):
     settings = [*settings, "train.steps=64", "optimizer.constant_steps=3"]
     log, killed, whole = tmp_path / "log", tmp_path / "killed", tmp_path / "whole"
     assert parent.run([*settings, f"run.dir={whole}"], log) == 0, log.read_text()
-    kills = KILLS + (MORE if os.environ.get("NEVA_JAX_ALL_KILLS") == "1" else [])
+    kills = KILLS + (MORE if pytestconfig.getoption("thorough") else [])
     random.Random(SEED).shuffle(kills)
     for point, when in kills:
         status = parent.run([*settings, f"run.dir={killed}"], log, kill(point, when))

@@ -29,15 +29,15 @@ def on(config: Config, shape: str) -> tuple[Config, dict[str, int]]:
 @pytest.mark.parametrize(
     ("shape", "overrides"),
     [
-        ("data=1", [FROZEN, "train.remat=none"]),
+        pytest.param("data=1", [FROZEN, "train.remat=none"], marks=pytest.mark.thorough),
         ("data=1", [FROZEN, "train.remat=dots"]),
         ("data=1", [FROZEN, "train.remat=full"]),
         ("data=1", ["train.remat=dots", "model.vision.freeze=false"]),
-        ("data=1", [FROZEN, "train.remat=full", "train.remat_layers=4"]),
+        pytest.param("data=1", [FROZEN, "train.remat=full", "train.remat_layers=4"], marks=pytest.mark.thorough),
         ("data=1", [FROZEN, "train.remat=dots", "data.pack=true"]),
         ("data=1", [FROZEN, "train.remat=full", "model.llm.num_layers=4", "model.llm.attention_dropout=0.1"]),
         ("data=1", [FROZEN, "train.remat=full", "model.llm.num_layers=4", "model.llm.ffn_dropout=0.1"]),
-        ("fsdp=4", ["train.remat=none"]),
+        pytest.param("fsdp=4", ["train.remat=none"], marks=pytest.mark.thorough),
         ("fsdp=4,tensor=2", ["train.remat=full"]),
     ],
 )

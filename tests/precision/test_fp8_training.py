@@ -47,7 +47,13 @@ def losses(run_dir: Path) -> list[float]:
     return [row["loss"] for row in rows(run_dir)]
 
 
-@pytest.mark.parametrize("stage", [["model.llm.freeze=true"], []], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(["model.llm.freeze=true"], id="pretrain", marks=pytest.mark.thorough),
+        pytest.param([], id="finetune"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(start, tmp_path, stage):
     whole = start(tmp_path / "whole", *stage, "train.steps=5", "train.micro_batch=4")
     start(tmp_path / "parts", *stage, "train.steps=3", "train.micro_batch=4")
@@ -96,7 +102,7 @@ def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
         np.testing.assert_allclose(two[name][:, 1:].max(1), one[name][:, -1], rtol=0.05)
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "tensor=2", "fsdp=2"])
+@pytest.mark.parametrize("mesh", ["data=2", "tensor=2", pytest.param("fsdp=2", marks=pytest.mark.thorough)])
 def test_layouts_agree(start, plain, tmp_path, mesh):
     """Sums in another order round a few values to another FP8 number, so not to 1e-5; the amax is that of all shards:
     of one shard alone it would differ by far more than the bound."""
