@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        for _ in range(100):
+            if not fresh.exists():
+                break
+            shutil.rmtree(fresh, ignore_errors=True)
+            time.sleep(0.02)  # a write that is still under way in a thread of Orbax's makes the folder anew
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(old, ignore_errors=True)

@@ -239,11 +239,20 @@ class Story:
 
 
 @pytest.fixture
-def story(made, settings) -> Story:
+def whole(made, settings) -> Path:
+    """The run of one process with one device."""
+    folder, made = made
+    if "whole" not in made:
+        made["whole"] = folder / "whole"
+        assert alone(settings, made["whole"]) == 0
+    return made["whole"]
+
+
+@pytest.fixture
+def story(made, settings, whole) -> Story:
     folder, made = made
     if "story" not in made:
-        run, whole = folder / "run", folder / "whole"
-        assert alone(settings, whole) == 0
+        run = folder / "run"
         assert alone(settings, run, stop_after=1) == 143
         assert alone(settings, run, "mesh.shape=tensor=2", devices=2, stop_after=1) == 143
         told = (folder / "third", folder / "fourth")
@@ -385,13 +394,13 @@ def test_packed_losses_of_four_processes_are_those_of_one(killed):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def test_processes_share_questions(made, story, llava_data):
+def test_processes_share_questions(made, whole, llava_data):
     folder = made[0]
     questions, one, two = folder / "questions.jsonl", folder / "one.jsonl", folder / "two.jsonl"
     images = sorted(str(path.relative_to(llava_data.images)) for path in llava_data.images.rglob("*.jpg"))[:7]
     asked = [{"question_id": i, "image": image, "text": "What is it?"} for i, image in enumerate(images)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    settings = ["--checkpoint", story.whole, "--input", questions, "--images", llava_data.images]
+    settings = ["--checkpoint", whole, "--input", questions, "--images", llava_data.images]
     settings = [*settings, "--batch-size", 2, "--max-new-tokens", 4]
     assert generate.main([*map(str, settings), "--output", str(one)]) == 0
     launched = launch(2, 1, "neva_jax.generate", *settings, "--output", two)
