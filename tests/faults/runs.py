@@ -98,13 +98,14 @@ def _wait(pid: int, seconds: float) -> int:
 
 
 def _serve() -> None:
-    import numba  # noqa: F401 (and all that a run imports late)
-    import orbax.checkpoint  # noqa: F401
+    import orbax.checkpoint  # noqa: F401 (and all that a run imports late)
+    from PIL import Image
 
     from neva_jax import train  # noqa: F401
-    from neva_jax.data import images, resize  # noqa: F401
+    from neva_jax.data import resize
     from neva_jax.training import plot  # noqa: F401
 
+    resize.resize(Image.new("RGB", (32, 32)), 16, 16)  # loads what Numba has compiled
     gc.freeze()  # what is here now is no garbage, and looking at it would copy its pages
     for line in sys.stdin:
         command = json.loads(line)
