@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up, lint, format check and tests, as CI runs them. Arguments go to pytest:
 #   scripts/test.sh tests/models -k rope
-#   scripts/test.sh --thorough                            the cases too that CI leaves out: two minutes more
+#   scripts/test.sh --thorough                            the cases too that CI leaves out
 #   scripts/test.sh --cov=neva_jax --cov-report=term      with line coverage: a fifth slower
 # All steps run, so that one call shows everything; the exit status is the first failing step's.
 set -euo pipefail

@@ -299,14 +299,17 @@ def test_a_trace_that_reaches_the_end_of_the_run_is_written(start, profiler_off,
 
 # --- the same numbers on every layout --------------------------------------------------------------------------------
 
-LAYOUTS = {"data=2,tensor=4": 4, "fsdp=8": 1, "data=8": 1}  # and the largest train.micro_batch
-
 
 @pytest.mark.parametrize(
-    "mesh", ["data=2,tensor=4", *(pytest.param(mesh, marks=pytest.mark.thorough) for mesh in ("fsdp=8", "data=8"))]
+    ("mesh", "largest_micro_batch"),
+    [
+        ("data=2,tensor=4", 4),
+        pytest.param("fsdp=8", 1, marks=pytest.mark.thorough),
+        pytest.param("data=8", 1, marks=pytest.mark.thorough),
+    ],
 )
-def test_eight_devices_train_like_one(mesh, start, tuned, base, tmp_path):
-    overrides = [f"model.init_from={base}", f"train.micro_batch={LAYOUTS[mesh]}"]
+def test_eight_devices_train_like_one(mesh, largest_micro_batch, start, tuned, base, tmp_path):
+    overrides = [f"model.init_from={base}", f"train.micro_batch={largest_micro_batch}"]
     assert start(tmp_path / "run", *overrides, mesh=mesh) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tuned), rel=1e-5)
 
@@ -570,16 +573,17 @@ def vanishes(group: int) -> bool:
     return False
 
 
-def test_a_process_that_is_killed_leaves_no_worker_and_one_that_is_terminated_saves_its_step(settings, tmp_path):
-    """What becomes of the numbers, tests/faults proves."""
+def test_a_process_that_is_killed_and_terminated_ends_like_one_that_is_not(settings, tmp_path):
+    """The killed one leaves no worker behind, the terminated one saves the step that is under way."""
     environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE_FLAGS}
-    config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1", "data.workers=1"])
+    config = load_config(None, [*settings, *of_steps(24), "checkpoint.every=3", "mesh.shape=data=-1"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    run = tmp_path / "run"
+    run, calm = tmp_path / "run", tmp_path / "calm"
 
     @contextmanager
-    def process() -> Iterator[subprocess.Popen]:
-        command = [sys.executable, "-m", "neva_jax.train", "--config", str(tmp_path / "config.yaml"), f"run.dir={run}"]
+    def process(run_dir: Path = run, workers: int = 1) -> Iterator[subprocess.Popen]:
+        command = [sys.executable, "-m", "neva_jax.train", "--config", str(tmp_path / "config.yaml")]
+        command += [f"run.dir={run_dir}", f"data.workers={workers}"]
         with (tmp_path / "stderr").open("w") as stderr:
             started = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr, start_new_session=True)
         try:
@@ -616,6 +620,14 @@ def test_a_process_that_is_killed_leaves_no_worker_and_one_that_is_terminated_sa
     assert 10 <= last < 24
     assert checkpoints(run)[-1] == last
     assert stderr().splitlines()[-1] == f"stopped by signal 15 after step {last}, saved; the same command continues"
+
+    for run_dir, workers in ((run, 1), (calm, 0)):
+        with process(run_dir, workers) as started:
+            pass
+        assert started.returncode == 0, stderr()
+        assert (f"resumed from step {last}" in stderr().splitlines()) == (run_dir == run)
+    assert repeatable(run) == repeatable(calm)
+    assert differing(state(run, 24), state(calm, 24)) == []
 
 
 # --- what a checkpoint holds -----------------------------------------------------------------------------------------

@@ -33,20 +33,6 @@ PACKED_LAYOUTS = [
     Layout("data=2,fsdp=2,tensor=2", packed=True, sequence_parallel=True, accumulate=2),
 ]
 
-# Each setting and each axis stands in others too.
-THOROUGH = [
-    Layout("data=8", zero1=True),
-    Layout("data=2,fsdp=2,tensor=2"),
-    Layout("data=8", "pretrain"),
-    Layout("fsdp=8", "pretrain"),
-    Layout("data=8", packed=True),
-    Layout("fsdp=8", packed=True),
-]
-
-
-def cases(layouts: list[Layout]) -> list:
-    return [pytest.param(one, marks=[pytest.mark.thorough] if one in THOROUGH else []) for one in layouts]
-
 
 def name_of(layout: Layout) -> str:
     settings = ("sequence_parallel", "zero1", "vision_tensor", "packed")
@@ -71,7 +57,7 @@ def relative_errors(ours: dict, theirs: dict) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", cases(LAYOUTS + PACKED_LAYOUTS), ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS + PACKED_LAYOUTS, ids=name_of)
 def test_twenty_steps_are_the_same_on_every_layout(layout):
     reference, expected = trained(Layout("data=1", layout.stage))
     params, losses = trained(layout)
