@@ -70,6 +70,30 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
+@jax.custom_vjp
+def split_rotated(y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads in groups [B, T, G, R + 2, K] (see `llama_fp8`) -> q [B, T, H, K], k and v [B, T, G, K], q and k rotated.
+
+    Its gradient is put together in one pass; JAX's own pads that of each part to the size of all, and adds them.
+    """
+    q = y[..., :-2, :].reshape(*y.shape[:2], -1, y.shape[-1])
+    return rotate(q, cos, sin), rotate(y[..., -2, :], cos, sin), y[..., -1, :]
+
+
+def _split_rotated_forward(y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[tuple[jax.Array, ...], tuple]:
+    return split_rotated(y, cos, sin), (cos, sin)
+
+
+def _split_rotated_backward(angles: tuple[jax.Array, jax.Array], g: tuple[jax.Array, ...]) -> tuple:
+    cos, sin = angles
+    dq, dk, dv = rotate(g[0], cos, -sin), rotate(g[1], cos, -sin), g[2]
+    parts = [dq.reshape(*dk.shape[:3], -1, dk.shape[-1]), dk[..., None, :], dv[..., None, :]]
+    return jnp.concatenate(parts, axis=-2), None, None
+
+
+split_rotated.defvjp(_split_rotated_forward, _split_rotated_backward)
+
+
 class Block(nnx.Module):
     """One decoder layer, or a stack of `layers` of them: attention and SwiGLU MLP, each behind an RMS norm."""
 
@@ -160,16 +184,17 @@ class Block(nnx.Module):
             if recipe is not None and recipe.covers("qkv"):
                 norm = (self.attention_norm.scale[...], config.norm_eps)
                 y = fp8.linear(recipe, x, *site("qkv"), norm=norm)  # [B, T, G, R + 2, K]
-                q = y[..., :-2, :].reshape(*y.shape[:2], -1, y.shape[-1])
-                k, v = y[..., -2, :], y[..., -1, :]
-                q, k, v = (biased(p, name, config.qkv_bias) for p, name in ((q, "q"), (k, "k"), (v, "v")))
+                if config.qkv_bias:
+                    y = y + native_kernel("qkv", lambda name: weight(f"{name}_bias")[None])[0]
+                q, k, v = split_rotated(y, *angles)
             else:
                 y = constrain(self.attention_norm(x), "batch", "length", "features")
                 q = linear("btd,dhk->bthk", y, "q", config.qkv_bias)
                 k = linear("btd,dgk->btgk", y, "k", config.qkv_bias)
                 v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
-            q = constrain(rotate(q, *angles), "batch", "length", "heads", "head_dim")
-            k = constrain(rotate(k, *angles), "batch", "length", "kv_heads", "head_dim")
+                q, k = rotate(q, *angles), rotate(k, *angles)
+            q = constrain(q, "batch", "length", "heads", "head_dim")
+            k = constrain(k, "batch", "length", "kv_heads", "head_dim")
             v = constrain(v, "batch", "length", "kv_heads", "head_dim")
             attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0])
             attended = constrain(attended, "batch", "length", "heads", "head_dim")

@@ -1,10 +1,13 @@
 """FP8 in plain XLA: elementwise code that the compiler fuses, and `dot_general` on float8 operands.
 
-On a GPU such a product becomes one of cublasLt's FP8 kernels, which want both operands contiguous along the sum; the
-scales are undone afterwards. Elsewhere it is computed by conversion, with the same numbers up to the order of sums:
-the product of two FP8 numbers is exact in fp32.
+On a GPU such a product becomes one of cublasLt's FP8 kernels, which want both operands contiguous along the sum and
+undo both scales while they write. XLA finds them where the operands are written as scaled back to the result's dtype;
+nothing is computed that way. Elsewhere the FP8 numbers are multiplied by conversion and scaled back afterwards, with the
+same numbers up to the order of sums: the product of two FP8 numbers is exact in fp32.
 """
 
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +29,18 @@ def largest(dtype: Any) -> float:
 
 def cast(x: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
     """round(clip(scale * x)); scale None: the one that makes the largest value of x the largest of dtype."""
-    y = x.astype(jnp.float32)
-    amax, top = jnp.max(jnp.abs(y)), largest(dtype)
+    return _cast((x,), lambda parts: parts[0], scale, dtype)
+
+
+def _cast(parts: tuple[jax.Array, ...], join: Callable, scale: jax.Array | None, dtype: Any) -> Cast:
+    """Casts the parts of a tensor with one scale, and joins them in FP8: what is joined is written twice."""
+    parts, top = tuple(part.astype(jnp.float32) for part in parts), largest(dtype)
+    amax = reduce(jnp.maximum, (jnp.max(jnp.abs(part)) for part in parts))
     if scale is None:
         usable = (amax > 0) & jnp.isfinite(amax)
         scale = jnp.where(usable, top / jnp.where(usable, amax, 1), 1)
-    return Cast(jnp.clip(y * scale, -top, top).astype(dtype), 1 / scale, amax)
+    values = join(tuple(jnp.clip(part * scale, -top, top).astype(dtype) for part in parts))
+    return Cast(values, 1 / scale, amax)
 
 
 def norm_cast(x: jax.Array, gamma: jax.Array, eps: float, scale: jax.Array | None, dtype: Any) -> Cast:
@@ -51,10 +60,12 @@ def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
 
 def swiglu_grad_cast(dy: jax.Array, halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
     """The gradient of `swiglu` for its halves [..., 2, F], cast."""
+    # Without the barrier XLA would keep what it shares with the forward pass, in fp32.
+    halves = jax.lax.optimization_barrier(halves)
     gate, up = halves[..., 0, :].astype(jnp.float32), halves[..., 1, :].astype(jnp.float32)
     dy, gain = dy.astype(jnp.float32), jax.nn.sigmoid(gate)
     dgate = dy * up * gain * (1 + gate * (1 - gain))
-    return cast(jnp.stack([dgate, dy * gate * gain], axis=-2), scale, dtype)
+    return _cast((dgate, dy * gate * gain), partial(jnp.stack, axis=-2), scale, dtype)
 
 
 def product(x: Cast, kernel: jax.Array, inverse: jax.Array, inputs: int, dtype: jnp.dtype, fast: bool) -> jax.Array:
@@ -64,18 +75,28 @@ def product(x: Cast, kernel: jax.Array, inverse: jax.Array, inputs: int, dtype: 
     """
     lhs = tuple(range(x.values.ndim - inputs, x.values.ndim))
     rhs = tuple(range(kernel.ndim - inputs, kernel.ndim))
-    return _dot(x.values, kernel, (lhs, rhs), x.inverse * inverse, dtype, fast)
+    return _dot((x.values, x.inverse), (kernel, inverse), (lhs, rhs), dtype, fast)
 
 
 def outer(x: tuple[jax.Array, jax.Array], g: Cast, dtype: jnp.dtype) -> jax.Array:
     """The kernel's gradient, a sum over rows and tokens: x [B, T, *K] and g [B, T, *N] -> [*K, *N]."""
-    return _dot(x[0], g.values, ((0, 1), (0, 1)), x[1] * g.inverse, dtype, fast=False)
+    return _dot(x, (g.values, g.inverse), ((0, 1), (0, 1)), dtype, fast=False)
 
 
-def _dot(a: jax.Array, b: jax.Array, dims: Any, inverse: jax.Array, dtype: jnp.dtype, fast: bool) -> jax.Array:
+def _dot(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array], dims: Any, dtype: jnp.dtype, fast: bool
+) -> jax.Array:
+    """a and b: (values in FP8, the factor that undoes their scale); dims: those that are summed over."""
     precision = jax.lax.Precision.DEFAULT if fast else jax.lax.Precision.HIGHEST
-    y = jax.lax.dot_general(a, b, (dims, ((), ())), precision=precision, preferred_element_type=dtype)
-    return (y.astype(jnp.float32) * inverse).astype(dtype)
+    if jax.devices()[0].platform == "gpu":
+        # The first barrier keeps XLA from taking out the rounding to FP8, the second from adding a residual inside the
+        # product, for which it would be copied first.
+        a, b = jax.lax.optimization_barrier((a, b))
+        a, b = (values.astype(dtype) * inverse.astype(dtype) for values, inverse in (a, b))
+        y = jax.lax.dot_general(a, b, (dims, ((), ())), precision=precision, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y)
+    y = jax.lax.dot_general(a[0], b[0], (dims, ((), ())), precision=precision, preferred_element_type=dtype)
+    return (y.astype(jnp.float32) * (a[1] * b[1])).astype(dtype)
 
 
 def _norm(x: jax.Array, gamma: jax.Array, eps: float) -> jax.Array:
