@@ -6,7 +6,7 @@ L layers, S cache slots.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from neva_jax.config import LlmConfig, MeshConfig
 from neva_jax.derived import head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
-from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel
+from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
 from neva_jax.parallel.mesh import constrain, spread
 from neva_jax.precision import fp8
 
@@ -256,6 +256,11 @@ class Block(nnx.Module):
         return fp8.linear(recipe, dropout(inner, config.ffn_dropout, rng), down, down_scales)
 
 
+def _cut(per_layer: Any, first: int, last: int) -> Any:
+    """Layers `first` ... `last` - 1 of arrays [L, ...]."""
+    return jax.tree.map(lambda a: a[first:last], per_layer)
+
+
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Writes new [B, T, G, K] into cache [B, S, G, K] at the slots `positions` [B, T] of each row."""
     return cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(new.astype(cache.dtype))
@@ -282,15 +287,10 @@ class Llama(nnx.Module):
     ):
         rows, init = padded_vocab(config), normal(config.init_std)
         self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)
-        # Layers in FP8 that are held so are a stack of their own; others are slices of one, by the recipe's span.
-        self.recipe, split = recipe, recipe is not None and recipe.stored
-        first, last = (recipe.first, recipe.last) if split else (0, config.num_layers)
-        stored = recipe.sites if split else ()
-        if first:
-            self.first_layers = Block(rngs, config, backends, first, mesh)
-        self.layers = Block(rngs, config, backends, last - first, mesh, stored)
-        if last < config.num_layers:
-            self.last_layers = Block(rngs, config, backends, config.num_layers - last, mesh)
+        self.recipe = recipe
+        for name, (start, end, own) in stacks(recipe, config.num_layers).items():
+            stored = own.sites if own is not None and own.stored else ()
+            setattr(self, name, Block(rngs, config, backends, end - start, mesh, stored))
         self.norm = RMSNorm(rngs, config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.head = param(rngs, (config.hidden_size, rows), ("embed", "vocab"), init)
@@ -335,11 +335,12 @@ class Llama(nnx.Module):
         x = constrain(x, *self.stream)
         caches, scales = [], fp8.scales(self.recipe, states) if states else None
         for stack, span, bounds, recipe in self._spans():
-            own = jax.tree.map(lambda a, b=bounds: a[b[0] : b[1]], (cache, layer_rngs))
+            in_fp8 = None if recipe is None else _cut(scales, *(layer - recipe.first for layer in bounds))
+            own = (*_cut((cache, layer_rngs), *bounds), in_fp8)
             x, part = scan_layers(
                 stack,
                 x,
-                per_layer=(*own, scales if recipe is not None else None),
+                per_layer=own,
                 remat=self._remat(bounds) if cache is None else NO_REMAT,
                 unroll=min(self.unroll, bounds[1] - bounds[0]),
                 span=span,
@@ -354,16 +355,10 @@ class Llama(nnx.Module):
     def _spans(self) -> list[tuple[Block, tuple[int, int] | None, tuple[int, int], fp8.Recipe | None]]:
         """Runs of equal layers: (stack, the part of it or None for all, layers of the model, recipe)."""
         recipe, total = self.recipe, self.config.num_layers
-        if recipe is None:
-            return [(self.layers, None, (0, total), None)]
+        if recipe is None or recipe.stored:
+            return [(getattr(self, name), None, (a, b), own) for name, (a, b, own) in stacks(recipe, total).items()]
         bounds = [(0, recipe.first, None), (recipe.first, recipe.last, recipe), (recipe.last, total, None)]
-        bounds = [part for part in bounds if part[0] < part[1]]
-        if not recipe.stored:
-            return [(self.layers, (a, b) if b - a < total else None, (a, b), own) for a, b, own in bounds]
-        stacks = {0: "first_layers", recipe.first: "layers", recipe.last: "last_layers"}
-        if recipe.first == 0:
-            stacks[0] = "layers"
-        return [(getattr(self, stacks[a]), None, (a, b), own) for a, b, own in bounds]
+        return [(self.layers, (a, b) if b - a < total else None, (a, b), own) for a, b, own in bounds if a < b]
 
     def _remat(self, bounds: tuple[int, int]) -> Remat:
         """The model's remat policy for the layers of a span: `block` counts from the model's first."""

@@ -70,25 +70,41 @@ def is_stored(names: Iterable[str]) -> bool:
     return any(name.startswith("fp8_") for name in names)
 
 
+def holds_stored(llm: dict[str, Any]) -> bool:
+    """Whether a language model's parameters, or their shapes, hold kernels in FP8."""
+    return any(is_stored(stack) for stack in llm.values() if isinstance(stack, dict))
+
+
+def stacks(recipe: fp8.Recipe | None, total: int) -> dict[str, tuple[int, int, fp8.Recipe | None]]:
+    """The stacks of equal layers that hold a language model's `total`: name -> (first, last + 1, their recipe).
+
+    One (`layers`), unless kernels are stored in FP8: layers that stay in bf16 are then stacks of their own
+    (`first_layers`, `last_layers`), and with `recipe.apart` each layer is one (`layers_0`, ...).
+    """
+    if recipe is None or not recipe.stored:
+        return {"layers": (0, total, recipe)}
+    middle = {"layers": (recipe.first, recipe.last, recipe)}
+    if recipe.apart:
+        middle = {f"layers_{layer}": (layer, layer + 1, recipe) for layer in range(recipe.first, recipe.last)}
+    found = {"first_layers": (0, recipe.first, None), **middle, "last_layers": (recipe.last, total, None)}
+    return {name: part for name, part in found.items() if part[0] < part[1]}
+
+
 def quantized(llm: dict[str, Any], recipe: fp8.Recipe) -> dict[str, Any]:
     """A language model's parameters with one stack `layers` -> with the kernels of the recipe's sites in FP8.
 
-    Layers that stay in bf16 become stacks of their own (`first_layers`, `last_layers`).
+    The stacks are those of `stacks`.
     """
-    layers = llm["layers"]
+    llm = dict(llm)
+    layers = llm.pop("layers")
     total = layers["attention_norm"]["scale"].shape[0]
-    parts = {
-        "first_layers": (0, recipe.first),
-        "layers": (recipe.first, recipe.last),
-        "last_layers": (recipe.last, total),
-    }
-    stacks = {name: jax.tree.map(lambda p, a=a, b=b: p[a:b], layers) for name, (a, b) in parts.items() if a < b}
-    middle = stacks["layers"]
-    for site in recipe.sites:
-        names = PARAMETERS[site]
+    for name, (first, last, own) in stacks(recipe, total).items():
+        stack = jax.tree.map(lambda p, first=first, last=last: p[first:last], layers)
+        for site in own.sites if own is not None else ():
 
-        def one(parameters: dict[str, jax.Array], site: str = site) -> dict[str, jax.Array]:
-            return fp8.store(native_kernel(site, parameters.get), INPUTS[site])[0]._asdict()
+            def one(parameters: dict[str, jax.Array], site: str = site) -> dict[str, jax.Array]:
+                return fp8.store(native_kernel(site, parameters.get), INPUTS[site])[0]._asdict()
 
-        middle[f"fp8_{site}"] = jax.lax.map(one, {name: middle.pop(name) for name in names})
-    return {**llm, **stacks}
+            stack[f"fp8_{site}"] = jax.lax.map(one, {name: stack.pop(name) for name in PARAMETERS[site]})
+        llm[name] = stack
+    return llm

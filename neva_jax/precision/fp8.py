@@ -50,6 +50,8 @@ class Recipe:
     margin, history, algorithm: see `precision.fp8`.
     sites: the linear layers in FP8, of the layers `first` ... `last` - 1 (`last` counts from the start).
     stored: the frozen language model's kernels are held in FP8.
+    apart: each layer's stored kernels are parameters of their own, not slices of a stack, out of which XLA would copy
+      them before each product.
     vision: the encoder's too, always by current scaling: nothing flows back through it, which would carry a state.
     """
 
@@ -62,6 +64,7 @@ class Recipe:
     first: int
     last: int
     stored: bool
+    apart: bool
     vision: bool
     backend: str
 
@@ -109,6 +112,8 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
             f"precision.compute={compute} needs a GPU of compute capability 8.9 (Ada, Hopper or later), not "
             f"{device.device_kind} ({device.compute_capability}); use bf16"
         )
+    first, last = fp8.first_layers_bf16, config.model.llm.num_layers - fp8.last_layers_bf16
+    stored = fp8.quantize_frozen and quantize_frozen and config.model.llm.freeze
     return Recipe(
         delayed=compute == "fp8_delayed",
         gradient=jnp.float8_e5m2 if fp8.format == "hybrid" else jnp.float8_e4m3fn,
@@ -116,9 +121,10 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
         history=fp8.amax_history,
         algorithm=fp8.amax_algorithm,
         sites=SITES[fp8.layers],
-        first=fp8.first_layers_bf16,
-        last=config.model.llm.num_layers - fp8.last_layers_bf16,
-        stored=fp8.quantize_frozen and quantize_frozen and config.model.llm.freeze,
+        first=first,
+        last=last,
+        stored=stored,
+        apart=stored and 1 < last - first <= config.train.unroll,
         vision=fp8.vision,
         backend=choose_backend(fp8, config, devices)[0],
     )

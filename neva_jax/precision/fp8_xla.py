@@ -1,9 +1,9 @@
 """FP8 in plain XLA: elementwise code that the compiler fuses, and `dot_general` on float8 operands.
 
 On a GPU such a product becomes one of cublasLt's FP8 kernels, which want both operands contiguous along the sum and
-undo both scales while they write. XLA finds them where the operands are written as scaled back to the result's dtype;
-nothing is computed that way. Elsewhere the FP8 numbers are multiplied by conversion and scaled back afterwards, with the
-same numbers up to the order of sums: the product of two FP8 numbers is exact in fp32.
+undo both scales while they write. XLA takes them where the operands are scaled back to the result's dtype, though
+nothing is computed that way. Elsewhere FP8 numbers are multiplied by conversion and the product is scaled back: the
+same numbers up to the order of sums, because the product of two FP8 numbers is exact in fp32.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
-from neva_jax.models.llama_fp8 import is_stored, quantized
+from neva_jax.models.llama_fp8 import holds_stored, is_stored, quantized
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision import fp8
@@ -215,7 +215,7 @@ def load_parameters(config: Config, abstract: Parameters, sources: dict[str, Pat
 def as_saved(config: Config, abstract: Parameters) -> Parameters:
     """The same components with every kernel in its own dtype, as checkpoints have them."""
     llm = abstract.get("llm")
-    if llm is None or not is_stored(llm["layers"]):
+    if llm is None or not holds_stored(llm):
         return abstract
     mesh = jax.tree.leaves(llm)[0].sharding.mesh
     return {**abstract, "llm": abstract_parameters(config, mesh, quantize_frozen=False)[1]["llm"]}
@@ -223,7 +223,7 @@ def as_saved(config: Config, abstract: Parameters) -> Parameters:
 
 def as_held(config: Config, params: Parameters, abstract: Parameters) -> Parameters:
     """Parameters as they are saved -> as `abstract` holds them; those that are quantized are given away."""
-    if "llm" not in params or not is_stored(abstract["llm"]["layers"]):
+    if "llm" not in params or not holds_stored(abstract["llm"]):
         return params
     mesh = jax.tree.leaves(abstract["llm"])[0].sharding.mesh
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["llm"])

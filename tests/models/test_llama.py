@@ -11,7 +11,7 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig
 from neva_jax.models.layers import NO_REMAT, Remat
-from neva_jax.models.llama import Block, Llama, empty_cache, rotary_angles, rotate
+from neva_jax.models.llama import Block, Llama, empty_cache, rotary_angles, rotate, split_rotated
 from tests.models.helpers import (
     assert_gradients_close,
     graph,
@@ -300,6 +300,23 @@ def test_rotary_embedding_in_bf16_rounds_once():
     assert out.dtype == jnp.bfloat16
     exact = _rotate(x.astype(jnp.float32), *angles)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize("queries", [1, 3])  # of a group
+def test_heads_in_groups_come_apart_rotated_and_their_gradient_goes_back(queries):
+    draw = np.random.default_rng(5)
+    y = jnp.asarray(draw.standard_normal((2, 5, 2, queries + 2, 8)), jnp.float32)
+    angles = _angles(jnp.asarray(draw.integers(0, 60, (2, 5))), _llm(head_dim=8, rope_fraction=0.5))
+
+    def plain(y):
+        q = y[..., :queries, :].reshape(2, 5, 2 * queries, 8)
+        return rotate(q, *angles), rotate(y[..., queries, :], *angles), y[..., queries + 1, :]
+
+    ours, back = jax.vjp(lambda y: split_rotated(y, *angles), y)
+    expected, expected_back = jax.vjp(plain, y)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    g = jax.tree.map(lambda part: jnp.asarray(draw.standard_normal(part.shape), jnp.float32), expected)
+    np.testing.assert_allclose(back(g)[0], expected_back(g)[0], rtol=0, atol=1e-6)
 
 
 def _frequency(config, rotated, i, length):

@@ -9,14 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig
+from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
 from neva_jax.errors import UserError
+from neva_jax.models.llama_fp8 import stacks
 from neva_jax.precision import fp8, fp8_xla, te
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
 B, T, D, F = 2, 5, 16, 24
-CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, "xla")
+CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, False, "xla")
 DELAYED = dataclasses.replace(CURRENT, delayed=True)
 
 
@@ -208,6 +209,22 @@ def _config(compute="fp8_delayed", freeze=True, **settings):
     return Config(model=model, precision=PrecisionConfig(compute=compute, fp8=Fp8Config(**settings)))
 
 
+def test_scales_inside_the_product_change_its_rounding_alone(monkeypatch):
+    """As on a GPU, where cublasLt undoes both scales: here the operands are rounded to bf16 once more."""
+    x = fp8_xla.cast(jnp.asarray(_normal(0, 2, 16, 32), jnp.bfloat16), None, jnp.float8_e4m3fn)
+    kernel = fp8_xla.cast(jnp.asarray(_normal(1, 48, 32), jnp.bfloat16), None, jnp.float8_e4m3fn)
+
+    def product():
+        run = jax.jit(lambda x, kernel: fp8_xla.product(x, kernel.values, kernel.inverse, 1, jnp.bfloat16, fast=True))
+        return np.asarray(run(x, kernel), np.float32)
+
+    expected = product()
+    monkeypatch.setattr(jax, "devices", lambda: [_Gpu("9.0")])
+    ours = product()
+    assert not np.array_equal(ours, expected)
+    assert np.linalg.norm(ours - expected) < 0.005 * np.linalg.norm(expected)
+
+
 def test_a_recipe_follows_the_configuration():
     assert fp8.recipe(_config("bf16")) is None
     recipe = fp8.recipe(_config(format="e4m3", margin=1, layers="attention", first_layers_bf16=1, last_layers_bf16=2))
@@ -219,6 +236,18 @@ def test_a_recipe_follows_the_configuration():
     assert not fp8.recipe(_config(), quantize_frozen=False).stored
     assert not fp8.recipe(_config(quantize_frozen=False)).stored
     assert fp8.recipe(_config("fp8_current", margin=3)).margin == 0
+
+
+def test_unrolled_frozen_layers_are_held_apart():
+    frozen = dataclasses.replace(_config(first_layers_bf16=1), train=TrainConfig(unroll=7))
+    recipe = fp8.recipe(frozen)
+    assert recipe.apart
+    layers = [(f"layers_{i}", (i, i + 1, recipe)) for i in range(1, 8)]
+    assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), *layers]
+    recipe = fp8.recipe(dataclasses.replace(frozen, train=TrainConfig(unroll=6)))
+    assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), ("layers", (1, 8, recipe))]
+    trained = fp8.recipe(dataclasses.replace(frozen, model=_config(freeze=False).model))
+    assert not trained.apart and list(stacks(trained, 8)) == list(stacks(None, 8)) == ["layers"]
 
 
 class _Gpu:

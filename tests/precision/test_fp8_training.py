@@ -92,6 +92,22 @@ def test_scales_follow_from_the_histories(plain):
             assert (scale <= np.float32(1.000001) * largest / history.max(1)).all()
 
 
+def test_layers_held_apart_compute_what_a_stack_of_them_does(start, tmp_path, capfd):
+    """Unrolled frozen layers are parameters of their own, those that stay in bf16 a stack before them."""
+    three = ["model.llm.num_layers=3", "precision.fp8.first_layers_bf16=1", "train.steps=3"]
+    weights = start(tmp_path / "weights", *three, "precision.compute=bf16", "train.steps=1")
+    frozen = [*three, "model.llm.freeze=true", f"model.init_from={weights}"]
+    loop = start(tmp_path / "loop", *frozen)
+    apart = start(tmp_path / "apart", *frozen, "train.unroll=3")
+    assert capfd.readouterr().err.count("of 2 of 3 layers, weights quantized once") == 2
+    np.testing.assert_allclose(losses(apart), losses(loop), rtol=1e-4)
+    ours, expected = (arrays(run_dir, 3, "fp8") for run_dir in (apart, loop))
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        assert value.shape[0] == 2
+        np.testing.assert_allclose(value, expected[name], rtol=0.1, err_msg=name)
+
+
 def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
     """As in Transformer Engine: 3 places hold the micro batches of a step and one of the step before."""
     one = arrays(start(tmp_path / "one", "train.steps=2"), 2, "fp8")
