@@ -56,7 +56,7 @@ from neva_jax.training.setup import (
     with_vocabulary,
 )
 from neva_jax.training.signals import StopRequest
-from neva_jax.training.step import TrainState, make_eval_step, make_train_step
+from neva_jax.training.step import TrainState, layout_of, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
 from neva_jax.training.watchdog import Watchdog
 from neva_jax.training.weights import load_components
@@ -238,7 +238,10 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
         options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
         train_step = make_train_step(
-            graphdef, optimizer, schedule, chunk, packed, dropout_seed(config), *judged_by, options
+            *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
+            *judged_by,
+            compiler_options=options,
+            layout=layout_of(state),
         )
         validation = None
         if val_rows is not None:

@@ -144,9 +144,9 @@ def random_state(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     shapes = {name: abstract[name] for name in trained}
     moments = abstract_optimizer(optimizer, shapes, mesh, config.mesh.zero1)
-    counter = jax.device_put(jnp.int32(0), replicated(mesh))
-    state = TrainState(counter, trained, initialise_optimizer(optimizer, trained, moments))
-    state = state._replace(guard=guard_state(config.guard, None), fp8=initial_fp8_state(config, mesh))
+    counter, guard = jax.device_put((jnp.int32(0), guard_state(config.guard, None)), replicated(mesh))
+    moments = initialise_optimizer(optimizer, trained, moments)
+    state = TrainState(counter, trained, moments, guard, fp8=initial_fp8_state(config, mesh))
     return jax.block_until_ready((state, frozen))
 
 

@@ -16,7 +16,7 @@ from neva_jax.precision import fp8
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, initial_fp8_state, place_updates
-from neva_jax.training.step import TrainState, make_train_step
+from neva_jax.training.step import TrainState, layout_of, make_train_step
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
         jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
         trained,
         moments,
-        guard_state(config.guard, None),
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), guard_state(config.guard, None)
+        ),
         fp8=initial_fp8_state(config, mesh),
     )
     if config.optimizer.ema_decay is not None:
@@ -74,7 +76,10 @@ def compile_step(config: Config, sizes: dict[str, int]) -> tuple[Compiled, Any]:
     schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
     options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
     step = make_train_step(
-        graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config), *judged_by, options
+        *(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config)),
+        *judged_by,
+        compiler_options=options,
+        layout=layout_of(state),
     )
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):

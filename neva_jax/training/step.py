@@ -104,6 +104,7 @@ def make_train_step(
     ema_decay: float | None = None,
     ema_every: int = 1,
     compiler_options: dict[str, Any] | None = None,
+    layout: TrainState | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -111,7 +112,8 @@ def make_train_step(
 
     Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars, and the guard's `verdict`, i32. Dropout is a
     function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
-    `compiler_options`: XLA's (`precision.fp8.compiler_options`).
+    `compiler_options`: XLA's (`precision.fp8.compiler_options`). `layout`: where the new state lies, as `layout_of` the
+    old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device.
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
@@ -131,7 +133,13 @@ def make_train_step(
         lr = schedule(state.step - state.guard.skipped)
         return after, {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+    place = {} if layout is None else {"out_shardings": (layout, None)}
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options, **place)
+
+
+def layout_of(state: TrainState) -> TrainState:
+    """The shardings of a state's arrays, or of their shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def make_eval_step(

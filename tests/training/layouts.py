@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -23,6 +22,7 @@ from neva_jax.config import (
 )
 from neva_jax.derived import frozen_components, parse_mesh_shape, trained_components
 from neva_jax.parallel.mesh import make_mesh, one_device_mesh, place_batch, replicated
+from neva_jax.training.guard import GuardState
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,
@@ -30,7 +30,7 @@ from neva_jax.training.setup import (
     initialise_parameters,
     place_updates,
 )
-from neva_jax.training.step import TrainState, make_train_step
+from neva_jax.training.step import TrainState, layout_of, make_train_step
 from tests.models.helpers import random_batch
 
 STEPS, ROWS, LENGTH, CHUNK = 20, 16, 24, 8
@@ -134,10 +134,14 @@ def prepare(layout: Layout) -> Run:
     optimizer = make_optimizer(config.optimizer, STEPS)
     moments = abstract_optimizer(optimizer, trained, mesh, layout.zero1)
     optimizer = place_updates(optimizer, trained, layout.zero1)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), trained, moments)
+    step, guard = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), numbers)
+        for numbers in (np.int32(0), GuardState())
+    )
+    state = TrainState(step, trained, moments, guard)
     with jax.set_mesh(mesh):
         schedule, chunk = learning_rate(config.optimizer, STEPS), config.train.loss_chunk
-        step = make_train_step(graphdef, optimizer, schedule, chunk, layout.packed)
+        step = make_train_step(graphdef, optimizer, schedule, chunk, layout.packed, layout=layout_of(state))
         lowered = step.lower(state, frozen, place_batch(mesh, batch(0, layout.packed), layout.accumulate))
         # Compiles in less time; the partitioner's work is the same.
         compiled = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from neva_jax.config import OptimizerConfig
 from neva_jax.data.encoding import Encoded
@@ -16,8 +17,10 @@ from neva_jax.data.packing import training_row
 from neva_jax.derived import frozen_components, image_tokens, trained_components
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import make_mesh, place_batch, shardings
+from neva_jax.training import step as training_step
+from neva_jax.training.guard import GuardState
 from neva_jax.training.optimizer import learning_rate, make_optimizer
-from neva_jax.training.step import TrainState, gradients, make_eval_step, make_train_step
+from neva_jax.training.step import TrainState, gradients, layout_of, make_eval_step, make_train_step
 from tests.models.helpers import FP32, neva_graph, random_batch, tiny_config
 
 ROWS, LENGTH, CHUNK = 8, 14, 5
@@ -177,6 +180,25 @@ def run_step(accumulate, frozen=("vision",)):
     train_step = make_train_step(graphdef, optimizer, schedule, CHUNK)
     state, metrics = train_step(state, rest, in_micro_batches(rows(), accumulate))
     return state, metrics, rest
+
+
+def test_the_new_state_lies_where_its_layout_says(monkeypatch):
+    """A CPU's compiler leaves it where the old one lay, a GPU's does not: what is asked for here is another place."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 1})
+    split, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    ones = lambda graphdef, trained, *_: (jnp.float32(0), jax.tree.map(jnp.ones_like, trained), {})  # noqa: E731
+    monkeypatch.setattr(training_step, "gradients", ones)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    trained = {"projector": jax.device_put(jnp.ones((4, 2)), split)}
+    numbers = jax.device_put((jnp.int32(0), GuardState()), whole)
+    state = TrainState(numbers[0], trained, optimizer.init(trained), numbers[1])
+    layout = layout_of(state)
+    assert layout.trained["projector"] == split
+    for place in (split, whole):
+        asked = layout._replace(trained={"projector": place})
+        step = make_train_step(None, optimizer, lambda n: 0.1, 1, layout=asked)
+        made = step.lower(state, {}, {"loss_weights": jnp.ones((1, 2, 3))}).compile().output_shardings[0]
+        assert made.trained["projector"].is_equivalent_to(place, 2)
 
 
 def test_one_step_with_four_micro_batches_equals_one_with_one():
