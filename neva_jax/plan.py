@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from neva_jax.checks import check_numbers
 from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import CommandParser, UserError, exit_with
+from neva_jax.parallel.target import TARGETS
 from neva_jax.planning import report
+from neva_jax.planning.collectives import Collective, collectives
 from neva_jax.planning.compiled import compile_step
 from neva_jax.planning.knobs import knobs
 from neva_jax.planning.memory import estimate
@@ -33,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be above 0")
-    if sum((options.compile, options.layers is not None, options.sweep is not None)) > 1:
+    compiling = options.compile or options.compile_for is not None
+    if sum((compiling, options.layers is not None, options.sweep is not None)) > 1:
         raise UserError("--compile, --layers and --sweep are plans of different kinds; give one of them")
     machine = Machine(
         flops=(options.tflops or default_rate(config)) * 1e12,
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.layers is not None:
         print(_layers(config, sizes, options.layers, machine, options.memory_gib, options.json))
         return 0
-    print(_plan(config, sizes, machine, options.memory_gib, options.compile, options.json))
+    print(_plan(config, sizes, machine, options.memory_gib, compiling, options.compile_for, options.json))
     return 0
 
 
@@ -64,6 +69,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--memory-gib", type=float, default=141, metavar="G", help="memory of a device (H200: 141)")
     parser.add_argument("--compile", action="store_true", help="compile the step for the devices here, to compare")
+    parser.add_argument(
+        "--compile-for", metavar="GPU", help=f"the same for a GPU that need not be here: {', '.join(TARGETS)}"
+    )
     parser.add_argument("--layers", metavar="L,L,…", help="memory against the language model's number of layers")
     parser.add_argument("--sweep", type=int, metavar="N", help=f"every mesh of N devices, N up to {MOST_DEVICES}")
     rates = ", ".join(f"{name} {rate:g}" for name, rate in RATES.items())
@@ -93,18 +101,29 @@ def _fewest_devices(shape: str) -> int:
     return math.prod(int(number) for number in numbers if number.strip().isdecimal() and int(number))
 
 
-def _plan(config: Config, sizes: dict[str, int], machine: Machine, gib: float, compiling: bool, as_json: bool) -> str:
+def _plan(
+    config: Config,
+    sizes: dict[str, int],
+    machine: Machine,
+    gib: float,
+    compiling: bool,
+    target: str | None,
+    as_json: bool,
+) -> str:
     plan = estimate(config, sizes)
     speed, helps = predict(plan, machine), knobs(plan, machine)
     compiled = beside = None
+    sent: list[Collective] = []
     if compiling:
-        compiled, _ = compile_step(config, sizes)
+        compiled, step = compile_step(config, sizes, target)
         beside = estimate(config, sizes, "cpu" if compiled.platform == "cpu" else "gpu").memory
+        sent = collectives(step.as_text(), jax.tree.leaves(step.input_shardings)[0].mesh)
     if as_json:
         values = report.plan_dict(plan, gib, speed)
         values["knobs"] = [dataclasses.asdict(knob) for knob in helps]
         if compiled is not None and beside is not None:
             values["compiled"] = {**dataclasses.asdict(compiled), "total": compiled.total, "estimate": beside.total}
+            values["compiled"]["collectives"] = report.collectives_dict(sent)
         return json.dumps(values)
     return "\n".join(
         [
@@ -117,6 +136,7 @@ def _plan(config: Config, sizes: dict[str, int], machine: Machine, gib: float, c
             *report.knob_table(helps),
             "",
             *report.speed_lines(speed),
+            *report.collectives_table(sent, machine),
         ]
     )
 

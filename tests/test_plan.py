@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,26 @@ def test_compiled_beside_the_estimate(planned):
     assert values["platform"] == "cpu"
     assert values["total"] == values["arguments"] + values["results"] + values["temporary"]
     assert values["estimate"] == pytest.approx(values["total"], rel=0.15)
+    assert values["collectives"] == []
+
+
+def test_what_a_compiled_step_sends(planned):
+    """Data parallel: the projector's gradients, once; each of two devices sends as much as they are, 2 (n - 1) / n."""
+    small = ["model.llm.num_layers=1", "model.llm.hidden_size=64", "model.llm.intermediate_size=128"]
+    small += ["model.llm.num_heads=2", "model.llm.num_kv_heads=2", "model.vision.num_layers=2", "train.unroll=1"]
+    small += ["precision.compute=fp32", "train.micro_batch=1", "train.global_batch=2", "data.max_length=260"]
+    text = planned(*PRETRAIN, "--compile", "--mesh-shape", "data=2", *small)
+    table = text[text.index("sent by the compiled step  over") :].splitlines()
+    assert table[1].split()[:2] == ["all-reduce", "data"]
+    values = json.loads(planned(*PRETRAIN, "--compile", "--json", "--mesh-shape", "data=2", *small))["compiled"]
+    (reduced,) = (row for row in values["collectives"] if row["kind"] == "all-reduce" and row["over"] == "data")
+    assert reduced["sent"] == pytest.approx((1024 * 64 + 64) * 4, rel=0.01)
+
+
+@pytest.mark.skipif(find_spec("jax_plugins") is not None, reason="JAX may compile for GPUs here")
+def test_compiling_for_a_gpu_without_jax_cuda_packages(refused):
+    said = refused(*PRETRAIN, "--compile-for", "h200")
+    assert "--compile-for h200: JAX cannot compile for a GPU here" in said and 'pip install "jax[cuda13]"' in said
 
 
 @pytest.mark.parametrize(
@@ -172,6 +193,7 @@ def test_compiled_beside_the_estimate(planned):
         (["--mesh-shape", "data=3"], "= 48"),
         (["--mesh-shape", "data=2", "--devices", "3"], "make 2 devices, but 3"),
         (["--mesh-shape", "data=-1,tensor=2", "--devices", "7"], "7"),
+        (["--compile-for", "a100"], "--compile-for a100: known are h100, h200"),
         (["--layers", "8,many"], "--layers 8,many"),
         (["--layers", "0"], "num_layers=0"),
         (["--sweep", "2048"], "at most 1024"),

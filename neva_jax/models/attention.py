@@ -17,6 +17,7 @@ from neva_jax.config import ModelConfig
 from neva_jax.derived import head_dim, patch_grid
 from neva_jax.errors import UserError
 from neva_jax.models.layers import dropout
+from neva_jax.parallel.target import target_devices
 from neva_jax.precision import te
 
 
@@ -139,7 +140,7 @@ def choose_backend(name: str, dtype: jnp.dtype, width: int, dropout_rate: float 
     if name == "cudnn" and not possible:
         raise UserError(
             f"model.attention=cudnn needs bf16 (here {jnp.dtype(dtype).name}), a head width divisible by 8 and at most "
-            f"128 (here {width}), and an NVIDIA GPU from Ampere on (here {jax.devices()[0].device_kind}); use auto"
+            f"128 (here {width}), and an NVIDIA GPU from Ampere on (here {target_devices()[0].device_kind}); use auto"
         )
     return "cudnn" if possible and not dropout_rate and name != "xla" else "xla"
 
@@ -170,7 +171,7 @@ def choose_packed_backend(
 
 def _cudnn_problem(dtype: jnp.dtype, width: int) -> str | None:
     """Why cuDNN's kernels, Transformer Engine's too, cannot be used (jax.nn.dot_product_attention's rules), or None."""
-    device = jax.devices()[0]
+    device = target_devices()[0]
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind.upper():
         return f"no NVIDIA GPU ({device.platform})"
     if float(getattr(device, "compute_capability", "0")) < 8:

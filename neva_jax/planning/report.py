@@ -11,6 +11,7 @@ import jax
 from neva_jax.config import MESH_AXES, Config
 from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
+from neva_jax.planning.collectives import Collective
 from neva_jax.planning.compiled import Compiled
 from neva_jax.planning.knobs import Knob, shape_text
 from neva_jax.planning.memory import GIB, Estimate, Memory, estimate
@@ -176,6 +177,29 @@ def memory_table(memory: Memory, compiled: Compiled | None, beside: Memory | Non
         ratio = f"{ours / theirs:.3f}" if theirs else "-"
         rows.append([name, f"{ours / GIB:.2f}", f"{theirs / GIB:.2f}", ratio])
     return [*lines, "", *table(rows)]
+
+
+def collectives_dict(found: Sequence[Collective]) -> list[dict[str, Any]]:
+    """What a compiled step sends, by kind and mesh axes: how often it runs, bytes that a device sends; most first."""
+    groups: dict[tuple[str, str], list[Collective]] = {}
+    for one in found:
+        groups.setdefault((one.kind, " ".join(one.axes)), []).append(one)
+    rows = [
+        {"kind": kind, "over": over, "runs": sum(one.times for one in same), "sent": sum(one.sent for one in same)}
+        for (kind, over), same in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["sent"])
+
+
+def collectives_table(found: Sequence[Collective], machine: Machine) -> list[str]:
+    """The same, and the time that NVLink takes for it; nothing where a step sends nothing."""
+    if not found:
+        return []
+    rows = [["sent by the compiled step", "over", "runs", "GB", "ms by NVLink"]]
+    for row in collectives_dict(found):
+        took = row["sent"] / machine.nvlink
+        rows.append([row["kind"], row["over"], str(row["runs"]), f"{row['sent'] / 1e9:.3f}", f"{took * 1e3:.1f}"])
+    return ["", *table(rows)]
 
 
 def knob_table(knobs: Sequence[Knob]) -> list[str]:

@@ -33,6 +33,7 @@ from neva_jax.config import Config, Fp8Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import constrain
+from neva_jax.parallel.target import target_devices
 from neva_jax.precision import fp8_xla
 
 SITES = {"all": ("qkv", "o", "gate_up", "down"), "attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
@@ -106,7 +107,7 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
     compute, fp8 = config.precision.compute, config.precision.fp8
     if not compute.startswith("fp8"):
         return None
-    device = jax.devices()[0]
+    device = target_devices()[0]
     if device.platform == "gpu" and float(getattr(device, "compute_capability", "0")) < 8.9:
         raise UserError(
             f"precision.compute={compute} needs a GPU of compute capability 8.9 (Ada, Hopper or later), not "
@@ -148,8 +149,8 @@ def choose_backend(fp8: Fp8Config, config: Config, devices: int) -> tuple[str, s
 
 def _te_problem(config: Config, devices: int) -> str | None:
     """Why Transformer Engine cannot be used, or None."""
-    if jax.devices()[0].platform != "gpu":
-        return f"Transformer Engine needs a GPU, here is {jax.devices()[0].platform}"
+    if target_devices()[0].platform != "gpu":
+        return f"Transformer Engine needs a GPU, here is {target_devices()[0].platform}"
     if devices > 1:
         return f"Transformer Engine serves one device so far, the mesh has {devices}"
     llm = config.model.llm
@@ -176,7 +177,7 @@ def compiler_options(recipe: Recipe | None, unroll: int) -> dict[str, Any] | Non
     XLA would try its Triton products too, for minutes (for eight 7B layers in FP8 on an H100 more than 150 s against 5,
     for eight unrolled ones in bf16 more than 55 s; without, 32 take 16), though cublasLt's are there.
     """
-    if (recipe is None and unroll == 1) or jax.devices()[0].platform != "gpu":
+    if (recipe is None and unroll == 1) or target_devices()[0].platform != "gpu":
         return None
     return {"xla_gpu_enable_triton_gemm": False}
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from neva_jax.parallel.target import target_devices
+
 
 class Cast(NamedTuple):
     """A tensor in FP8, the factor that undoes its scale (f32), and its largest absolute value before (f32)."""
@@ -88,7 +90,7 @@ def _dot(
 ) -> jax.Array:
     """a and b: (values in FP8, the factor that undoes their scale); dims: those that are summed over."""
     precision = jax.lax.Precision.DEFAULT if fast else jax.lax.Precision.HIGHEST
-    if jax.devices()[0].platform == "gpu":
+    if target_devices()[0].platform == "gpu":
         # The first barrier keeps XLA from taking out the rounding to FP8, the second from adding a residual inside the
         # product, for which it would be copied first.
         a, b = jax.lax.optimization_barrier((a, b))

@@ -13,7 +13,7 @@ from math import prod
 import jax
 import pytest
 
-from tests.parallel.collectives import Collective, collectives
+from neva_jax.planning.collectives import Collective, collectives
 from tests.training.layouts import CHUNK, LAYERS, LENGTH, MODEL, ROWS, VOCAB, WIDTH, Layout, prepare
 from tests.training.test_layouts import LAYOUTS, name_of
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _CALLED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -25,13 +26,14 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective: the largest array that it makes or takes on a device, the axes it runs over, and its place."""
+    """One collective: its results on a device, the axes and the number of devices that it runs over, and its place."""
 
     kind: str
     axes: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of its results: (dtype, shape)
     times: int
     place: str
+    members: int = 0  # 0: unknown
 
     @property
     def elements(self) -> int:
@@ -42,6 +44,14 @@ class Collective:
     def size(self) -> int:
         """Bytes of all results on one device, each time."""
         return sum(BYTES[dtype] * prod(shape) for dtype, shape in self.shapes)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all its runs, by the ring algorithms (an all-reduce is two of the others)."""
+        others = max(self.members - 1, 0)
+        share = others / self.members if self.members else 1.0
+        rounds = {"all-reduce": 2 * share, "reduce-scatter": others, "collective-permute": 1.0}
+        return self.times * self.size * rounds.get(self.kind, share)
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
@@ -69,11 +79,15 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 continue
             kind = match[2].removesuffix("-start")
             if kind in KINDS and times[name]:
+                # What starts one gives its operands too: ((operands), results).
+                made = re.sub(r"^\(\(.*?\), ", "", match[1]) if match[2].endswith("-start") else match[1]
                 shapes = tuple(
-                    (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(match[1])
+                    (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(made)
                 )
                 place = re.search(r'op_name="([^"]*)"', line)
-                found.append(Collective(kind, _axes(line, mesh), shapes, times[name], place[1] if place else ""))
+                members = max(map(len, _groups(line, mesh) or [()]))
+                axes = _axes(line, mesh)
+                found.append(Collective(kind, axes, shapes, times[name], place[1] if place else "", members))
     return found
 
 

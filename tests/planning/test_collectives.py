@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from neva_jax.parallel.mesh import make_mesh
-from tests.parallel.collectives import collectives
+from neva_jax.planning.collectives import collectives
 
 MESH = make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
 
@@ -55,3 +55,21 @@ def test_a_loop_counts_each_of_its_iterations():
     found = collectives(jax.jit(program).lower(x, w).compile().as_text(), MESH)
     assert {(one.axes, one.times) for one in found} == {(("tensor",), 5)}
     assert "all-reduce" in {one.kind for one in found}
+
+
+@pytest.mark.parametrize(
+    ("operation", "size", "sent"),
+    [
+        ("((f8e4m3fn[2,3]{1,0}), f8e4m3fn[8,3]{1,0}) all-gather-start(%p)", 24, 18),
+        ("((bf16[8,3]{1,0}, f32[]), (bf16[2,3]{1,0}, f32[])) reduce-scatter-start(%p, %q)", 16, 48),
+        ("((f32[8]{0}), f32[8]{0}) all-reduce-start(%p)", 32, 48),
+        ("f32[8]{0} all-reduce(%p)", 32, 48),
+        ("bf16[8]{0} all-to-all(%p)", 16, 12),
+        ("bf16[8]{0} collective-permute(%p)", 16, 16),
+    ],
+)
+def test_bytes_made_and_sent_among_four(operation, size, sent):
+    """What a GPU's compiler starts and waits for later lists its operands before its results."""
+    line = f"  %a = {operation}, replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}"
+    (found,) = collectives(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n{line}\n}}", MESH)
+    assert (found.size, found.members, found.sent) == (size, 4, sent)
