@@ -4,7 +4,7 @@
         train.steps=12 checkpoint.every=4
 
 The runs are `--dir`/whole and `--dir`/killed; the second is killed (SIGKILL) when step `--kill-after` is in its
-metrics.jsonl, then started again. The exit status is 0 where every row of metrics.jsonl and every bit of the last
+metrics.jsonl and a checkpoint is complete, then started again. The exit status is 0 where every row of metrics.jsonl and every bit of the last
 checkpoint agree, else 1.
 """
 
@@ -52,13 +52,18 @@ def main() -> int:
 
     finish(start(whole))
     run = start(killed)
-    while not (rows := metrics(killed)) or rows[-1]["step"] < options.kill_after:
+    while (
+        not (rows := metrics(killed)) or rows[-1]["step"] < options.kill_after or not steps_in(killed / "checkpoints")
+    ):
         if run.poll() is not None:
-            raise SystemExit(f"error: the run ended (status {run.returncode}) before step {options.kill_after}")
+            raise SystemExit(
+                f"error: the run ended (status {run.returncode}) before step {options.kill_after} was done and a "
+                "checkpoint complete; give it more train.steps"
+            )
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    died_after, newest = metrics(killed)[-1]["step"], steps_in(killed / "checkpoints")[-1:]
+    died_after, newest = metrics(killed)[-1]["step"], steps_in(killed / "checkpoints")[-1]
     finish(start(killed))
 
     rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]
@@ -70,7 +75,7 @@ def main() -> int:
         "bench": "resume",
         "steps": last,
         "killed_after_step": died_after,
-        "resumed_from": newest[0] if newest else 0,
+        "resumed_from": newest,
         "metrics_equal": rows[0] == rows[1],
         "largest_loss_difference": max(
             abs(a["loss"] - b["loss"]) for a, b in zip(*rows, strict=True) if "loss" in a and "loss" in b

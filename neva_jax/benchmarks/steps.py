@@ -24,13 +24,14 @@ from neva_jax.config import Config
 from neva_jax.data.pipeline import Batch
 from neva_jax.derived import frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import UserError
+from neva_jax.models.attention import choose_backends
 from neva_jax.parallel.mesh import make_mesh, place_batch, replicated
 from neva_jax.planning.compiled import Compiled, compile_step
 from neva_jax.planning.flops import flops_per_row
 from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.speed import default_rate
-from neva_jax.planning.trace import attention_backend
 from neva_jax.precision.fp8 import choose_backend
+from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import (
@@ -87,14 +88,14 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
     peak, samples = _peak(devices), run.batch.samples
     timing = spread(times)
     per_s = samples / timing["step_ms"] * 1e3
-    tflop = flops_per_row(config, _attention(config, devices[0])).model / 1e12 * config.train.global_batch / samples
+    tflop = flops_per_row(config, _attention(config, len(devices))).model / 1e12 * config.train.global_batch / samples
     rate = default_rate(config)
     return {
         "bench": "train",
         "impl": "neva_jax",
         **describe(config),
         "backend": _linear_backend(config, len(devices)),
-        "attention": _attention(config, devices[0]),
+        "attention": _attention(config, len(devices)),
         "remat": config.train.remat,
         "unroll": config.train.unroll,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
@@ -215,10 +216,10 @@ def _profile(run: _Run, folder: Path, device: jax.Device) -> dict[str, Any]:
     return kernel_table(folder, TRACED, run.step.as_text()) if device.platform == "gpu" else {}
 
 
-def _attention(config: Config, device: jax.Device) -> str:
-    if device.platform == "gpu":
-        return attention_backend(config)
-    return "xla" if config.model.attention == "auto" else config.model.attention
+def _attention(config: Config, devices: int) -> str:
+    segments = config.data.segments_per_row + 1 if config.data.pack else 1
+    backends = choose_backends(config.model, compute_dtype(config.precision), segments, devices)
+    return backends.packed if config.data.pack else backends.single
 
 
 def _linear_backend(config: Config, devices: int) -> str:
