@@ -3,9 +3,9 @@
     python scripts/check_resume.py --config configs/quickstart_finetune.yaml --dir runs/resume --kill-after 7 \\
         train.steps=12 checkpoint.every=4
 
-The runs are `--dir`/whole and `--dir`/killed; the second is killed (SIGKILL) when step `--kill-after` is in its
-metrics.jsonl and a checkpoint is complete, then started again. The exit status is 0 where every row of metrics.jsonl and every bit of the last
-checkpoint agree, else 1.
+The runs are `--dir`/whole and `--dir`/killed. The second is killed (SIGKILL) when step `--kill-after` is in its
+metrics.jsonl and a checkpoint is complete, then started again. The exit status is 0 where every row of metrics.jsonl
+and every bit of the last checkpoint agree, else 1.
 """
 
 import argparse
@@ -52,9 +52,8 @@ def main() -> int:
 
     finish(start(whole))
     run = start(killed)
-    while (
-        not (rows := metrics(killed)) or rows[-1]["step"] < options.kill_after or not steps_in(killed / "checkpoints")
-    ):
+    checkpoints = killed / "checkpoints"
+    while not (rows := metrics(killed)) or rows[-1]["step"] < options.kill_after or not steps_in(checkpoints):
         if run.poll() is not None:
             raise SystemExit(
                 f"error: the run ended (status {run.returncode}) before step {options.kill_after} was done and a "
@@ -63,7 +62,7 @@ def main() -> int:
         time.sleep(0.002)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    died_after, newest = metrics(killed)[-1]["step"], steps_in(killed / "checkpoints")[-1]
+    died_after, newest = metrics(killed)[-1]["step"], steps_in(checkpoints)[-1]
     finish(start(killed))
 
     rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]
