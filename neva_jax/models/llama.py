@@ -17,7 +17,7 @@ from neva_jax.derived import head_dim, kv_heads, padded_vocab, rotary_width
 from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
-from neva_jax.parallel.mesh import constrain, spread
+from neva_jax.parallel.mesh import constrain, spread, stream_axes
 from neva_jax.precision import fp8
 
 
@@ -264,11 +264,6 @@ def _cut(per_layer: Any, first: int, last: int) -> Any:
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
     """Writes new [B, T, G, K] into cache [B, S, G, K] at the slots `positions` [B, T] of each row."""
     return cache.at[jnp.arange(cache.shape[0])[:, None], positions].set(new.astype(cache.dtype))
-
-
-def stream_axes(mesh: MeshConfig) -> tuple[str, str, str]:
-    """The logical axes of the residual stream [B, T, D]; with sequence parallelism its length is split."""
-    return "batch", "split_length" if mesh.sequence_parallel else "length", "features"
 
 
 class Llama(nnx.Module):

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neva_jax.config import MESH_AXES
+from neva_jax.config import MESH_AXES, MeshConfig
 from neva_jax.derived import nearest
 from neva_jax.errors import UserError
 
@@ -100,6 +100,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     whole = [axis in GROUPED and size % ways(axis) for axis, size in zip(axes, x.shape, strict=True)]
     axes = tuple(None if short else axis for axis, short in zip(axes, whole, strict=True))
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def stream_axes(mesh: MeshConfig) -> tuple[str, str, str]:
+    """The logical axes of the residual stream [B, T, D]; with sequence parallelism its length is split."""
+    return "batch", "split_length" if mesh.sequence_parallel else "length", "features"
 
 
 def ways(axis: str) -> int:

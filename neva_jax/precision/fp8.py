@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from neva_jax.config import Config, Fp8Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
-from neva_jax.parallel.mesh import constrain
+from neva_jax.parallel.mesh import constrain, stream_axes
 from neva_jax.parallel.target import target_devices
 from neva_jax.precision import fp8_xla
 
@@ -53,6 +53,7 @@ class Recipe:
     stored: the frozen language model's kernels are held in FP8.
     apart: each layer's stored kernels are parameters of their own, not slices of a stack, out of which XLA would copy
       them before each product.
+    stream: logical axes of the residual stream, where a norm's gradient is taken.
     vision: the encoder's too, always by current scaling: nothing flows back through it, which would carry a state.
     """
 
@@ -66,6 +67,7 @@ class Recipe:
     last: int
     stored: bool
     apart: bool
+    stream: tuple[str, str, str]
     vision: bool
     backend: str
 
@@ -126,6 +128,7 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
         last=last,
         stored=stored,
         apart=stored and 1 < last - first <= config.train.unroll,
+        stream=stream_axes(config.mesh),
         vision=fp8.vision,
         backend=choose_backend(fp8, config, devices)[0],
     )
@@ -318,7 +321,7 @@ def _linear_backward(call: _Call, inputs: int, kept: Any, g: jax.Array) -> tuple
     dkernel = None if values is None else ops.outer(values, cast, g.dtype)
     dgamma = None
     if call.eps is not None:
-        dx, dgamma = ops.norm_grad(constrain(dx, "batch", "length", "features"), x, gamma, call.eps)
+        dx, dgamma = ops.norm_grad(constrain(dx, *call.recipe.stream), x, gamma, call.eps)
     new = _met(scales, {"x": amax, "kernel": kernel_amax, "grad": cast.amax})
     return dx, dgamma, dkernel, new
 
@@ -394,7 +397,7 @@ def _mlp_backward(call: _Call, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     dinner = constrain(dinner, "batch", "length", "mlp")
     inner = ops.swiglu_grad_cast(dinner, halves, scales[0].get("grad"), gradient)
     dx = ops.product(inner, kernel, inverse, 2, x.dtype, fast=False)
-    dx, dgamma = ops.norm_grad(constrain(dx, "batch", "length", "features"), x, gamma, call.eps)
+    dx, dgamma = ops.norm_grad(constrain(dx, *call.recipe.stream), x, gamma, call.eps)
     dkernels = (
         None if values[0] is None else ops.outer(values[0], inner, x.dtype),
         None if values[1] is None else ops.outer(values[1], cast, x.dtype),

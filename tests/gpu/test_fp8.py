@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from neva_jax.config import MeshConfig
+from neva_jax.parallel.mesh import stream_axes
 from neva_jax.precision import fp8, te
 
+STREAM = stream_axes(MeshConfig())
 BACKENDS = ("xla", "te")
 B, T, D, F, H, K = 4, 128, 256, 512, 4, 64
 FORWARD, GRADIENT = 0.045, {jnp.float8_e5m2: 0.075, jnp.float8_e4m3fn: 0.055}
@@ -21,7 +24,7 @@ MLP_FORWARD, MLP_GRADIENT = 0.08, {jnp.float8_e5m2: 0.12, jnp.float8_e4m3fn: 0.1
 def _recipe(backend, delayed, gradient=jnp.float8_e5m2, stored=False):
     if backend == "te" and te.problem() is not None:
         pytest.skip(te.problem())
-    return fp8.Recipe(delayed, gradient, 0, 16, "max", fp8.SITES["all"], 0, 1, stored, False, False, backend)
+    return fp8.Recipe(delayed, gradient, 0, 16, "max", fp8.SITES["all"], 0, 1, stored, False, STREAM, False, backend)
 
 
 def _normal(seed, *shape):

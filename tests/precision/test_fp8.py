@@ -9,15 +9,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
+from neva_jax.config import Config, Fp8Config, LlmConfig, MeshConfig, ModelConfig, PrecisionConfig, TrainConfig
 from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
+from neva_jax.parallel.mesh import stream_axes
 from neva_jax.precision import fp8, fp8_xla, te
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
 B, T, D, F = 2, 5, 16, 24
-CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, False, "xla")
+STREAM = stream_axes(MeshConfig())
+CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, STREAM, False, "xla")
 DELAYED = dataclasses.replace(CURRENT, delayed=True)
 
 
