@@ -239,9 +239,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *judged_by,
-            compiler_options=options,
-            layout=layout_of(state),
+            *(*judged_by, options, layout_of(state)),
         )
         validation = None
         if val_rows is not None:

@@ -181,6 +181,7 @@ def variants(rows: list[Row]) -> str:
     for row in order:
         setting = [f"remat {row['remat']}"] if "remat" in row else []
         setting += [f"unroll {row['unroll']}"] if row.get("unroll", 1) > 1 else []
+        setting += [f"FP8 by {row['backend']}"] if row.get("backend") and row["precision"].startswith("fp8") else []
         setting += [row["xla_flags"].replace("--xla_", "")] if row.get("xla_flags") else []
         setting += [f"data {row['data']}"] if row.get("data", "synthetic") != "synthetic" else []
         setting += ["packed"] if row.get("packed") else []
