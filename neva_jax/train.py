@@ -135,7 +135,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract_trained = {name: abstract[name] for name in trained}
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
-    optimizer = place_updates(optimizer, abstract_trained, config.mesh.zero1)
+    optimizer, apply_updates = place_updates(optimizer, abstract_trained, config.mesh.zero1)
     run_dir = Path(config.run.dir)
     said = tidied(run_dir)
     row_counts = [train_rows.rows_in(i) for i in range(len(train_rows.files))]
@@ -239,7 +239,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *(*judged_by, options, layout_of(state)),
+            *(*judged_by, options, layout_of(state), apply_updates),
         )
         validation = None
         if val_rows is not None:

@@ -172,8 +172,9 @@ def _variable_sharding(mesh: Mesh, path: tuple, variable: nnx.Variable) -> Named
 def zero1_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     """The sharding of a parameter's optimizer moments, split over `data` too (ZeRO-1, Rajbhandari et al. 2020).
 
-    The largest dimension that divides is split further, one over `tensor` last of all: the gradient is a sum over rows,
-    which ends on the other dimensions' shards for nothing. A parameter without such a dimension keeps whole moments.
+    The first dimension is split further where it divides, else the largest that does: what is gathered along any other
+    must be copied into place. One over `tensor` comes last of all: the gradient is a sum over rows, which ends on the
+    other dimensions' shards for nothing. A parameter without such a dimension keeps whole moments.
     """
     mesh, parts = leaf.sharding.mesh, list(leaf.sharding.spec)
     parts += [None] * (len(leaf.shape) - len(parts))
@@ -181,7 +182,7 @@ def zero1_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     candidates = [i for i in range(len(inner)) if inner[i] % mesh.shape["data"] == 0]
     if mesh.shape["data"] == 1 or not candidates:
         return leaf.sharding
-    best = max(candidates, key=lambda i: ("tensor" not in (parts[i] or ()), inner[i]))
+    best = max(candidates, key=lambda i: ("tensor" not in (parts[i] or ()), i == 0, inner[i]))
     before = (parts[best],) if isinstance(parts[best], str) else tuple(parts[best] or ())
     parts[best] = (*before, "data")
     return NamedSharding(mesh, PartitionSpec(*parts))

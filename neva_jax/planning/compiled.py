@@ -85,7 +85,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     frozen = {name: parameters[name] for name in frozen_components(config.model)}
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
-    optimizer = place_updates(optimizer, trained, config.mesh.zero1)
+    optimizer, apply_updates = place_updates(optimizer, trained, config.mesh.zero1)
     recipe = fp8.recipe(config, mesh.size)
     scales = jax.eval_shape(lambda: fp8.initial_state(recipe, trained=not config.model.llm.freeze))
     numbers = everywhere((np.int32(0), guard_state(config.guard, None), scales))
@@ -99,6 +99,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
         *judged_by,
         compiler_options=fp8.compiler_options(recipe, config.train.unroll),
         layout=layout_of(state),
+        apply_updates=apply_updates,
     )
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):

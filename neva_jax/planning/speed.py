@@ -10,8 +10,9 @@ What is sent, for each of the A micro batches of a step (B rows of T tokens per 
     fsdp     all-gather of weights in the compute dtype: forward, and again backward (ZeRO-3, Rajbhandari et al. 2020,
              section 7.2); those of a frozen encoder forward only
     fsdp     reduce-scatter of gradients, trained parameters only
-    data     all-reduce of gradients, trained parameters only (with mesh.zero1 the same bytes as reduce-scatter and
-             all-gather, section 7.1 there)
+    data     all-reduce of gradients, trained parameters only; with mesh.zero1 also all-gather of the new fp32 parameters
+             (section 7.1 there has reduce-scatter and all-gather: here a device owns whole layers, and a layer's gradient
+             is reduced inside the backward loop, where each device takes part in all)
     tensor   all-reduce of [B, T, D]: two per layer forward, two backward (Shoeybi et al. 2019, section 3), one more
              where a layer is computed again; with sequence parallelism each as reduce-scatter and all-gather, the same
              bytes (Korthikanti et al. 2022, section 4.2.2); one each for the embedding and the head's backward pass
@@ -146,11 +147,9 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
                 encoder += held if name == "vision" else 0.0
     yield "all-gather", "weights", "fsdp", steps * gathered * _share(fsdp)
     yield "reduce-scatter", "gradients", "fsdp", steps * reduced * _share(fsdp)
+    yield "all-reduce", "gradients", "data", 2 * steps * whole * _share(data)
     if config.mesh.zero1:
-        yield "reduce-scatter", "gradients", "data", steps * whole * _share(data)
-        yield "all-gather", "updates", "data", whole / item * 4 * _share(data)
-    else:
-        yield "all-reduce", "gradients", "data", 2 * steps * whole * _share(data)
+        yield "all-gather", "weights", "data", whole / item * 4 * _share(data)
 
     ring = steps * _share(tensor)
     llm_bytes = ring * _llm_activations(config) * item

@@ -83,14 +83,17 @@ def abstract_parameters(config: Config, mesh: Mesh, quantize_frozen: bool = True
 
 def place_updates(
     optimizer: optax.GradientTransformation, trained: Parameters, zero1: bool
-) -> optax.GradientTransformation:
+) -> tuple[optax.GradientTransformation, Callable[[Parameters, Parameters], Parameters]]:
     """The optimizer with its place on the mesh: gradients are reduced onto the shards of the moments and no further.
 
     With `zero1` the moments are split over `data` too: each device updates only its part of a parameter, and the
-    updates are gathered onto the parameters' shards. The numbers stay the same.
+    new parts are gathered onto the parameters' shards. The numbers stay the same.
 
     Args:
       trained: shapes and shardings of the parameters.
+
+    Returns:
+      (the optimizer, whose updates lie where the moments do; what adds them: (parameters, updates) -> new parameters)
     """
     ours = jax.tree.map(lambda leaf: leaf.sharding, trained)
     finer = jax.tree.map(zero1_sharding, trained) if zero1 else ours
@@ -98,9 +101,13 @@ def place_updates(
 
     def update(grads: Parameters, state: optax.OptState, params: Parameters) -> tuple[Parameters, optax.OptState]:
         updates, state = optimizer.update(place(grads, finer), state, place(params, finer))
-        return place(updates, ours), optax.tree_utils.tree_map_params(optimizer, place, state, finer)
+        return place(updates, finer), optax.tree_utils.tree_map_params(optimizer, place, state, finer)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    def apply(params: Parameters, updates: Parameters) -> Parameters:
+        # Added on the shards: gathered before, all updates would lie on each device at once.
+        return place(place(optax.apply_updates(place(params, finer), updates), finer), ours)
+
+    return optax.GradientTransformation(optimizer.init, update), apply
 
 
 def abstract_optimizer(

@@ -105,6 +105,7 @@ def make_train_step(
     ema_every: int = 1,
     compiler_options: dict[str, Any] | None = None,
     layout: TrainState | None = None,
+    apply_updates: Callable[[Parameters, Parameters], Parameters] = optax.apply_updates,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -113,7 +114,8 @@ def make_train_step(
     Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars, and the guard's `verdict`, i32. Dropout is a
     function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
     `compiler_options`: XLA's (`precision.fp8.compiler_options`). `layout`: where the new state lies, as `layout_of` the
-    old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device.
+    old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device. `apply_updates`: adds
+    updates to the parameters (`training.setup.place_updates`).
     """
 
     def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
@@ -124,7 +126,7 @@ def make_train_step(
 
         def updated(state: TrainState, grads: Parameters, states: Fp8State) -> TrainState:
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
+            trained = apply_updates(state.trained, updates)
             average = ema.update(state.ema, trained, state.step + 1, ema_decay, ema_every)
             return state._replace(trained=trained, optimizer=optimizer_state, ema=average, fp8=states)
 

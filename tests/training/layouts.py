@@ -133,7 +133,7 @@ def prepare(layout: Layout) -> Run:
     trained, frozen = ({n: params[n] for n in names(config.model)} for names in (trained_components, frozen_components))
     optimizer = make_optimizer(config.optimizer, STEPS)
     moments = abstract_optimizer(optimizer, trained, mesh, layout.zero1)
-    optimizer = place_updates(optimizer, trained, layout.zero1)
+    optimizer, apply_updates = place_updates(optimizer, trained, layout.zero1)
     step, guard = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), numbers)
         for numbers in (np.int32(0), GuardState())
@@ -141,7 +141,9 @@ def prepare(layout: Layout) -> Run:
     state = TrainState(step, trained, moments, guard)
     with jax.set_mesh(mesh):
         schedule, chunk = learning_rate(config.optimizer, STEPS), config.train.loss_chunk
-        step = make_train_step(graphdef, optimizer, schedule, chunk, layout.packed, layout=layout_of(state))
+        step = make_train_step(
+            graphdef, optimizer, schedule, chunk, layout.packed, layout=layout_of(state), apply_updates=apply_updates
+        )
         lowered = step.lower(state, frozen, place_batch(mesh, batch(0, layout.packed), layout.accumulate))
         # Compiles in less time; the partitioner's work is the same.
         compiled = lowered.compile({"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True})

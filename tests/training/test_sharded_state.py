@@ -33,7 +33,7 @@ def abstract_state(layout):
     trained = {name: params[name] for name in ("projector", "llm")}
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     moments = abstract_optimizer(optimizer, trained, layout.mesh, layout.zero1)
-    return params, trained, moments, place_updates(optimizer, trained, layout.zero1)
+    return params, trained, moments, place_updates(optimizer, trained, layout.zero1)[0]
 
 
 def largest_shard(tree) -> int:
