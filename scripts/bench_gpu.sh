@@ -18,41 +18,56 @@ bench() {
 pretrain() { bench --config "$root/configs/pretrain_7b.yaml" --micro-batch 32 "$@" model.projector.kind=mlp2x_gelu; }
 finetune() { bench --config "$root/configs/finetune_7b.yaml" --tokens 806 "$@" model.projector.kind=mlp2x_gelu; }
 
+# Full finetuning on one GPU takes nearly all of an H200.
+finetune_whole() { XLA_PYTHON_CLIENT_MEM_FRACTION=.96 finetune "$@"; }
+
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
+  fp8=(--precision fp8_delayed train.remat=none)
   pretrain "${one[@]}" --tokens 320
-  pretrain "${one[@]}" --tokens 320 --precision fp8_delayed precision.fp8.amax_history=1 precision.fp8.amax_algorithm=most_recent
-  pretrain "${one[@]}" --tokens 320 --precision fp8_current
+  pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --baseline hf
   pretrain "${one[@]}" --tokens 320 --baseline hf_checkpointing
-  finetune "${one[@]}" --pack 3 --micro-batch 2 train.remat=dots
-  finetune "${one[@]}" --pack 3 --micro-batch 2 train.remat=full
-  finetune "${one[@]}" --pack 3 --micro-batch 2 --precision fp8_current train.remat=full
-  finetune "${one[@]}" --baseline hf_checkpointing --sweep micro-batch=4,8
-  pretrain "${one[@]}" --tokens 320 --data jpeg
+  finetune_whole "${one[@]}" --pack 3 --micro-batch 3 train.remat=dots
+  finetune_whole "${one[@]}" --pack 3 --micro-batch 3 train.remat=dots --precision fp8_delayed
+  finetune "${one[@]}" --baseline hf_checkpointing --micro-batch 8
+  pretrain "${one[@]}" --tokens 320 "${fp8[@]}" --data jpeg data.workers=8
   pretrain "${one[@]}" --tokens 345 data.template=llama_2
-  pretrain "${one[@]}" --tokens 345 --precision fp8_delayed data.template=llama_2
-  bench --config "$root/configs/pretrain_13b.yaml" --tokens 345 --micro-batch 16 "${one[@]}"
+  pretrain "${one[@]}" --tokens 345 data.template=llama_2 "${fp8[@]}"
+  bench --config "$root/configs/pretrain_13b.yaml" --tokens 345 --micro-batch 16 "${one[@]}" train.unroll=40
+  pretrain "${one[@]}" --tokens 320 --precision fp8_current train.remat=none
+  pretrain "${one[@]}" --tokens 320 "${fp8[@]}" precision.fp8.backend=xla
   trace=$(mktemp -d)
+  pretrain "${one[@]}" --tokens 320 "${fp8[@]}" --profile "$trace"
   pretrain "${one[@]}" --tokens 320 --profile "$trace"
-  pretrain "${one[@]}" --tokens 320 --profile "$trace" --precision fp8_delayed
-  finetune "${one[@]}" --micro-batch 2 train.remat=full --sweep layers=8,16,24,32
-  pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 train.loss_chunk=512
-  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64
-  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40
+  # What bit-for-bit repetition costs (docs/reliability.md), and the loop without it.
+  pretrain "${one[@]}" --tokens 320 train.unroll=1
+  XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true pretrain "${one[@]}" --tokens 320 train.unroll=1
+  finetune_whole "${one[@]}" --micro-batch 2 train.remat=full --sweep layers=8,16,24,32
+  pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 train.loss_chunk=512 train.unroll=8
+  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
+  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.unroll=1
 else
-  # Efficiency needs one GPU of the same machine.
-  CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320
+  # Efficiency needs one GPU of the same machine: two of them at a time, on a card each.
+  CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
+  CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 \
+    --precision fp8_delayed train.remat=none precision.fp8.backend=xla
+  wait
   trace=$(mktemp -d)
-  for mesh in data fsdp tensor; do
-    for micro in 32 64; do
-      pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch "$micro"
-    done
-    pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"
-    pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100
-    finetune --mesh-shape "$mesh=$gpus" --micro-batch 4 train.remat=full
+  sequence=mesh.sequence_parallel=true
+  for precision in bf16 fp8_delayed; do
+    remat=$([[ $precision = bf16 ]] && echo dots || echo none)
+    how=(--tokens 320 --precision "$precision" "train.remat=$remat")
+    for mesh in tensor fsdp data; do pretrain --mesh-shape "$mesh=$gpus" "${how[@]}"; done
+    pretrain --mesh-shape "tensor=$gpus" "${how[@]}" "$sequence"
   done
-  pretrain --mesh-shape "tensor=$gpus" --tokens 320 mesh.sequence_parallel=true
+  for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" --micro-batch 4 train.remat=full; done
+  finetune --mesh-shape "tensor=$gpus" --micro-batch 4 train.remat=full --precision fp8_delayed
+  for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
+  for mesh in tensor fsdp data; do
+    pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100
+    pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64
+  done
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100 run.seed=1235
   finetune --mesh-shape "tensor=$gpus" --micro-batch 4 --sweep layers=16,20,24,30,32
 fi

@@ -1,7 +1,7 @@
 """Trains one model in several precisions from one checkpoint, on the same batches, and compares the losses.
 
-python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf16 fp8_delayed fp8_current]
-    [--seeds 1 2 3] [--runs DIR] [--limit SECONDS] [section.key=value ...]
+python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf16,fp8_delayed,fp8_current]
+    [--seeds 1,2,3] [--runs DIR] [--limit SECONDS] [section.key=value ...]
 
 A first run of `WARM_STEPS` in the first recipe makes the checkpoint that all start from (model.init_from). Then each
 recipe trains with each seed (of the data order) for `train.steps`. One JSON line for each run: its losses, the mean of
@@ -92,12 +92,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, metavar="F")
     parser.add_argument("--plot", type=Path, required=True, metavar="F")
-    parser.add_argument("--recipes", nargs="+", default=["bf16", "fp8_delayed", "fp8_current"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--recipes", default="bf16,fp8_delayed,fp8_current", metavar="A,B")
+    parser.add_argument("--seeds", default="1", metavar="N,M")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "precision", metavar="DIR")
     parser.add_argument("--limit", type=float, default=600, help="seconds for all runs together")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args()
+    recipes, seeds = options.recipes.split(","), [int(seed) for seed in options.seeds.split(",")]
     deadline = time.monotonic() + options.limit
 
     # Asked in a process of its own: whoever asks JAX for devices takes their memory.
@@ -108,11 +109,11 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     start = options.runs / "start"
-    warm = [f"train.steps={WARM_STEPS}", f"precision.compute={options.recipes[0]}", "eval.every=1000000"]
+    warm = [f"train.steps={WARM_STEPS}", f"precision.compute={recipes[0]}", "eval.every=1000000"]
     train(start, [*options.overrides, *warm], deadline - time.monotonic())
     lines: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        for recipe in options.recipes:
+    for seed in seeds:
+        for recipe in recipes:
             overrides = [f"model.init_from={start}", f"precision.compute={recipe}", f"run.seed={seed}"]
             try:
                 rows = train(

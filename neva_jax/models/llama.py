@@ -6,6 +6,7 @@ L layers, S cache slots.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -373,10 +374,30 @@ class Llama(nnx.Module):
         """
         equation = "...d,dv->...v" if kernel is None else "r...d,rdv->r...v"
         kernel = (self.output_kernel() if kernel is None else kernel).astype(self.dtype)
-        logits = jnp.einsum(equation, hidden, kernel, preferred_element_type=jnp.float32)
+        logits = _in_fp32(equation, hidden, kernel)
         if kernel.shape[-1] == self.config.vocab_size:
             return logits
         return jnp.where(jnp.arange(kernel.shape[-1]) < self.config.vocab_size, logits, MASKED)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_fp32(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A product with results in fp32, whose gradient is rounded to x's dtype like that of any other product.
+
+    JAX's own would multiply the fp32 gradient: on a GPU in TF32, at half the rate of bf16.
+    """
+    return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32)
+
+
+def _in_fp32_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _in_fp32(equation, x, kernel), (x, kernel)
+
+
+def _in_fp32_backward(equation: str, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(partial(jnp.einsum, equation), *kept)[1](g.astype(kept[0].dtype))
+
+
+_in_fp32.defvjp(_in_fp32_forward, _in_fp32_backward)
 
 
 def empty_cache(config: LlmConfig, rows: int, slots: int, dtype: jnp.dtype) -> LayerCache:

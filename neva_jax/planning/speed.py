@@ -10,9 +10,9 @@ What is sent, for each of the A micro batches of a step (B rows of T tokens per 
     fsdp     all-gather of weights in the compute dtype: forward, and again backward (ZeRO-3, Rajbhandari et al. 2020,
              section 7.2); those of a frozen encoder forward only
     fsdp     reduce-scatter of gradients, trained parameters only
-    data     all-reduce of gradients, trained parameters only; with mesh.zero1 also all-gather of the new fp32 parameters
-             (section 7.1 there has reduce-scatter and all-gather: here a device owns whole layers, and a layer's gradient
-             is reduced inside the backward loop, where each device takes part in all)
+    data     all-reduce of gradients, trained parameters only; with mesh.zero1 also all-gather of the new fp32
+             parameters (section 7.1 there has reduce-scatter and all-gather: here a device owns whole layers, and a
+             layer's gradient is reduced inside the backward loop, where each device takes part in all)
     tensor   all-reduce of [B, T, D]: two per layer forward, two backward (Shoeybi et al. 2019, section 3), one more
              where a layer is computed again; with sequence parallelism each as reduce-scatter and all-gather, the same
              bytes (Korthikanti et al. 2022, section 4.2.2); one each for the embedding and the head's backward pass
