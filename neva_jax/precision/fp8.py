@@ -117,6 +117,8 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
         )
     first, last = fp8.first_layers_bf16, config.model.llm.num_layers - fp8.last_layers_bf16
     stored = fp8.quantize_frozen and quantize_frozen and config.model.llm.freeze
+    train = config.train
+    grouped = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
     return Recipe(
         delayed=compute == "fp8_delayed",
         gradient=jnp.float8_e5m2 if fp8.format == "hybrid" else jnp.float8_e4m3fn,
@@ -127,7 +129,7 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
         first=first,
         last=last,
         stored=stored,
-        apart=stored and 1 < last - first <= config.train.unroll,
+        apart=stored and not grouped and 1 < last - first <= train.unroll,
         stream=stream_axes(config.mesh),
         vision=fp8.vision,
         backend=choose_backend(fp8, config, devices)[0],

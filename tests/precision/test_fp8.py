@@ -248,6 +248,8 @@ def test_unrolled_frozen_layers_are_held_apart():
     assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), *layers]
     recipe = fp8.recipe(dataclasses.replace(frozen, train=TrainConfig(unroll=6)))
     assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), ("layers", (1, 8, recipe))]
+    grouped = TrainConfig(unroll=7, remat="full", remat_layers=7)  # recomputed from one input for several layers
+    assert not fp8.recipe(dataclasses.replace(frozen, train=grouped)).apart
     trained = fp8.recipe(dataclasses.replace(frozen, model=_config(freeze=False).model))
     assert not trained.apart and list(stacks(trained, 8)) == list(stacks(None, 8)) == ["layers"]
 
