@@ -19,7 +19,7 @@ from neva_jax.planning import report
 from neva_jax.planning.collectives import Collective, collectives
 from neva_jax.planning.compiled import compile_step
 from neva_jax.planning.knobs import knobs
-from neva_jax.planning.memory import estimate
+from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.speed import RATES, Machine, default_rate, predict
 from neva_jax.training.setup import with_vocabulary
 
@@ -37,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be above 0")
-    compiling = options.compile or options.compile_for is not None
-    if sum((compiling, options.layers is not None, options.sweep is not None)) > 1:
-        raise UserError("--compile, --layers and --sweep are plans of different kinds; give one of them")
+    kinds = options.compile, options.compile_for is not None, options.layers is not None, options.sweep is not None
+    if sum(kinds) > 1:
+        raise UserError("--compile, --compile-for, --layers and --sweep are plans of different kinds; give one of them")
+    gib = options.memory_gib
+    if gib is None:
+        gib = TARGETS[options.compile_for][2] / GIB if options.compile_for in TARGETS else 141.0
     machine = Machine(
         flops=(options.tflops or default_rate(config)) * 1e12,
         nvlink=options.nvlink_gbs * 1e9,
@@ -47,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         per_node=options.per_node,
     )
     if options.sweep is not None:
-        print(_sweep(config, options.sweep, machine, options.memory_gib, options.json))
+        print(_sweep(config, options.sweep, machine, gib, options.json))
         return 0
     sizes = parse_mesh_shape(config.mesh.shape, options.devices or _fewest_devices(config.mesh.shape))
     if options.layers is not None:
-        print(_layers(config, sizes, options.layers, machine, options.memory_gib, options.json))
+        print(_layers(config, sizes, options.layers, machine, gib, options.json))
         return 0
-    print(_plan(config, sizes, machine, options.memory_gib, compiling, options.compile_for, options.json))
+    print(_plan(config, sizes, machine, gib, kinds[0] or kinds[1], options.compile_for, options.json))
     return 0
 
 
@@ -67,7 +70,9 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--devices", type=int, metavar="N", help="devices that an axis of -1 shares; they need not exist"
     )
-    parser.add_argument("--memory-gib", type=float, default=141, metavar="G", help="memory of a device (H200: 141)")
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="G", help="memory of a device (that of --compile-for; else an H200's 141)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the step for the devices here, to compare")
     parser.add_argument(
         "--compile-for", metavar="GPU", help=f"the same for a GPU that need not be here: {', '.join(TARGETS)}"

@@ -63,6 +63,8 @@ def main() -> int:
     run.send_signal(signal.SIGKILL)
     run.wait()
     died_after, newest = metrics(killed)[-1]["step"], steps_in(checkpoints)[-1]
+    if newest == steps_in(whole / "checkpoints")[-1]:
+        raise SystemExit(f"error: the run was at its end, step {newest}, when it was killed; give it more train.steps")
     finish(start(killed))
 
     rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]

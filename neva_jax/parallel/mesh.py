@@ -182,7 +182,8 @@ def zero1_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     candidates = [i for i in range(len(inner)) if inner[i] % mesh.shape["data"] == 0]
     if mesh.shape["data"] == 1 or not candidates:
         return leaf.sharding
-    best = max(candidates, key=lambda i: ("tensor" not in (parts[i] or ()), i == 0, inner[i]))
+    cut = ["tensor" in (part or ()) and mesh.shape["tensor"] > 1 for part in parts]
+    best = max(candidates, key=lambda i: (not cut[i], i == 0, inner[i]))
     before = (parts[best],) if isinstance(parts[best], str) else tuple(parts[best] or ())
     parts[best] = (*before, "data")
     return NamedSharding(mesh, PartitionSpec(*parts))

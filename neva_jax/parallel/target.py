@@ -71,8 +71,9 @@ def described_gpus(name: str, count: int) -> list[jax.Device]:
             platform="cuda", topology_name="", topology=f"1x1x{count}", target_config=described
         )
     except Exception as error:  # whatever a missing, broken or too old plugin raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--compile-for {name}: JAX cannot compile for a GPU here ({str(error).splitlines()[0]}); it needs no GPU, "
+            f"--compile-for {name}: JAX cannot compile for a GPU here ({reason}); it needs no GPU, "
             'but its CUDA packages: pip install "jax[cuda13]"'
         ) from None
     return list(topology.devices)

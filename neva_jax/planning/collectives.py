@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2}
-BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+BYTES |= {"u16": 2, "s16": 2, "u64": 8, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 _CALLED = re.compile(r"(?:to_apply|body|condition|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -79,8 +79,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 continue
             kind = match[2].removesuffix("-start")
             if kind in KINDS and times[name]:
-                # What starts one gives its operands too: ((operands), results).
-                made = re.sub(r"^\(\(.*?\), ", "", match[1]) if match[2].endswith("-start") else match[1]
+                made = _results(match[1], kind) if match[2].endswith("-start") else match[1]
                 shapes = tuple(
                     (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(made)
                 )
@@ -89,6 +88,17 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 axes = _axes(line, mesh)
                 found.append(Collective(kind, axes, shapes, times[name], place[1] if place else "", members))
     return found
+
+
+def _results(tuples: str, kind: str) -> str:
+    """What is made, of the type of an operation that starts a collective, which names its operands too.
+
+    ((operands), results), or by older compilers (operand, result) and for a permutation two counters after them.
+    """
+    nested = re.sub(r"^\(\(.*?\), ", "", tuples)
+    if nested != tuples or kind not in ("all-gather", "collective-permute"):
+        return nested
+    return ", ".join(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(tuples)[1:2])
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -26,7 +26,7 @@ class Compiled:
     """`compiled.memory_analysis()` in bytes per device.
 
     arguments of the step, results that take no argument's place, and temporary buffers: kept activations and gradients
-    are among these.
+    are among these. platform: JAX's, or the target (`h200`).
     """
 
     arguments: int
@@ -41,7 +41,7 @@ class Compiled:
 
 
 def compile_step(config: Config, sizes: dict[str, int], target: str | None = None) -> tuple[Compiled, Any]:
-    """Compiles the train step for a mesh of the devices present; nothing is allocated on them.
+    """Compiles the train step for a mesh of the devices present, or of GPUs that are not; nothing is allocated.
 
     Args:
       target: a kind of GPU that need not be here (`parallel.target.TARGETS`). XLA then tries no kernels out, and

@@ -265,6 +265,7 @@ def test_a_vision_encoder_that_is_not_split_is_whole_on_each_device_of_tensor():
         ({"data": 8}, (2, 32, 4, 8), (), P(None, "data", None, None)),  # the largest
         ({"data": 4, "tensor": 2}, (2, 32, 64), (None, None, "tensor"), P(None, "data", "tensor")),  # not over tensor
         ({"data": 4, "tensor": 2}, (2, 64), (None, "tensor"), P(None, ("tensor", "data"))),  # unless it must
+        ({"data": 8}, (64, 32), ("tensor", "fsdp"), P(("tensor", "data"), "fsdp")),  # or an axis of 1
         ({"data": 2, "fsdp": 4}, (2, 32, 8), (None, "fsdp", None), P("data", "fsdp", None)),  # the first, if it can
         ({"data": 2, "fsdp": 4}, (3, 32, 8), (None, "fsdp", None), P(None, ("fsdp", "data"), None)),
         ({"data": 8}, (3, 5), (), P()),  # nothing divides

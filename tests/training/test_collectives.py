@@ -79,8 +79,9 @@ def test_each_micro_batch_reduces_its_own_gradients():
     assert elements(of(layout), "all-reduce") == 2 * (trained_elements(layout) + 1) + 2
 
 
-def test_zero1_gathers_each_update_once():
-    layout = Layout("data=8", zero1=True)
+@pytest.mark.parametrize("shape", ["data=8", "data=2"])  # moments are split inside layers, and by layers
+def test_zero1_gathers_each_update_once(shape):
+    layout = Layout(shape, zero1=True)
     found = of(layout)
     assert {(one.kind, one.axes) for one in found} == {("all-reduce", ("data",)), ("all-gather", ("data",))}
     assert elements(found, "all-gather") == trained_elements(layout)
