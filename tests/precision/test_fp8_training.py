@@ -109,13 +109,16 @@ def test_layers_held_apart_compute_what_a_stack_of_them_does(start, tmp_path, ca
 
 
 def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
-    """As in Transformer Engine: 3 places hold the micro batches of a step and one of the step before."""
-    one = arrays(start(tmp_path / "one", "train.steps=2"), 2, "fp8")
-    two = arrays(start(tmp_path / "two", "train.steps=2", "train.micro_batch=4"), 2, "fp8")
+    """As in Transformer Engine: the last two of 3 places hold the micro batches of a first step, and then one more."""
+    one = arrays(start(tmp_path / "one", "train.steps=1"), 1, "fp8")
+    two = arrays(start(tmp_path / "two", "train.steps=1", "train.micro_batch=4"), 1, "fp8")
     for site in SITES:
         name = f"['fp8']['{site}']['x']['history']"
-        # The largest value of the whole batch is the larger one of its halves; what differs is the rounding before it.
-        np.testing.assert_allclose(two[name][:, 1:].max(1), one[name][:, -1], rtol=0.05)
+        filled = lambda history: (history != 0).sum(1).tolist()  # noqa: E731
+        assert (filled(one[name]), filled(two[name])) == ([1, 1], [2, 2])
+        # The largest value of the whole batch is the larger one of its halves; but the second half is cast with the
+        # scales that the first one left, and an FP8 number stands for all within 6 %.
+        np.testing.assert_allclose(two[name].max(1), one[name].max(1), rtol=0.1)
 
 
 @pytest.mark.parametrize("mesh", ["data=2", "tensor=2", pytest.param("fsdp=2", marks=pytest.mark.thorough)])
