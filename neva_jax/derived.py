@@ -2,7 +2,7 @@
 
 import re
 
-from neva_jax.config import COMPONENTS, MESH_AXES, Config, LlmConfig, ModelConfig, VisionConfig
+from neva_jax.config import COMPONENTS, MESH_AXES, Config, DataConfig, LlmConfig, ModelConfig, VisionConfig
 from neva_jax.errors import UserError
 
 
@@ -15,6 +15,11 @@ def token_grid(model: ModelConfig) -> int:
     """Image tokens along one side of a tile: its patches, or half as many after `mlp_downsample`."""
     patches = patch_grid(model.vision)
     return -(-patches // 2) if model.projector.kind == "mlp_downsample" else patches
+
+
+def most_segments(data: DataConfig) -> int:
+    """The most segments of a row, padding as one of them; 1: rows are never packed."""
+    return data.segments_per_row + 1 if data.pack else 1
 
 
 def image_tokens(model: ModelConfig) -> int:

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be above 0")
-    kinds = options.compile, options.compile_for is not None, options.layers is not None, options.sweep is not None
-    if sum(kinds) > 1:
+    kinds = options.compile or None, options.compile_for, options.layers, options.sweep
+    if sum(kind is not None for kind in kinds) > 1:
         raise UserError("--compile, --compile-for, --layers and --sweep are plans of different kinds; give one of them")
     gib = options.memory_gib
     if gib is None:
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.layers is not None:
         print(_layers(config, sizes, options.layers, machine, gib, options.json))
         return 0
-    print(_plan(config, sizes, machine, gib, kinds[0] or kinds[1], options.compile_for, options.json))
+    compiling = options.compile or options.compile_for is not None
+    print(_plan(config, sizes, machine, gib, compiling, options.compile_for, options.json))
     return 0
 
 

@@ -22,7 +22,7 @@ from neva_jax.benchmarks.profile import kernel_table
 from neva_jax.benchmarks.timing import run_steps, spread
 from neva_jax.config import Config
 from neva_jax.data.pipeline import Batch
-from neva_jax.derived import frozen_components, parse_mesh_shape, trained_components
+from neva_jax.derived import frozen_components, most_segments, parse_mesh_shape, trained_components
 from neva_jax.errors import UserError
 from neva_jax.models.attention import choose_backends
 from neva_jax.parallel.mesh import make_mesh, place_batch, replicated
@@ -88,14 +88,15 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
     peak, samples = _peak(devices), run.batch.samples
     timing = spread(times)
     per_s = samples / timing["step_ms"] * 1e3
-    tflop = flops_per_row(config, _attention(config, len(devices))).model / 1e12 * config.train.global_batch / samples
+    attention = _attention(config, len(devices))
+    tflop = flops_per_row(config, attention).model / 1e12 * config.train.global_batch / samples
     rate = default_rate(config)
     return {
         "bench": "train",
         "impl": "neva_jax",
         **describe(config),
         "backend": _linear_backend(config, len(devices)),
-        "attention": _attention(config, len(devices)),
+        "attention": attention,
         "remat": config.train.remat,
         "unroll": config.train.unroll,
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
@@ -217,8 +218,7 @@ def _profile(run: _Run, folder: Path, device: jax.Device) -> dict[str, Any]:
 
 
 def _attention(config: Config, devices: int) -> str:
-    segments = config.data.segments_per_row + 1 if config.data.pack else 1
-    backends = choose_backends(config.model, compute_dtype(config.precision), segments, devices)
+    backends = choose_backends(config.model, compute_dtype(config.precision), most_segments(config.data), devices)
     return backends.packed if config.data.pack else backends.single
 
 

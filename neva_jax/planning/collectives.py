@@ -84,9 +84,11 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                     (dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _SHAPE.findall(made)
                 )
                 place = re.search(r'op_name="([^"]*)"', line)
-                members = max(map(len, _groups(line, mesh) or [()]))
-                axes = _axes(line, mesh)
-                found.append(Collective(kind, axes, shapes, times[name], place[1] if place else "", members))
+                groups = _groups(line, mesh)
+                members = max(map(len, groups or [()]))
+                found.append(
+                    Collective(kind, _axes(groups, mesh), shapes, times[name], place[1] if place else "", members)
+                )
     return found
 
 
@@ -116,9 +118,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
+def _axes(groups: set[frozenset[int]] | None, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes that the groups of a collective span; "part of" an axis, or ("?",)."""
-    groups = _groups(line, mesh)
     if groups is None:
         return ("?",)
     ids = np.arange(mesh.devices.size).reshape(mesh.devices.shape)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.derived import frozen_components, trained_components
+from neva_jax.derived import frozen_components, most_segments, trained_components
 from neva_jax.errors import UserError
 from neva_jax.models.layers import Remat
 from neva_jax.models.llama_fp8 import holds_stored, is_stored, quantized
@@ -66,7 +66,7 @@ def abstract_parameters(config: Config, mesh: Mesh, quantize_frozen: bool = True
     """
     remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
     recipe = fp8.recipe(config, mesh.size, quantize_frozen)
-    segments = config.data.segments_per_row + 1 if config.data.pack else 1
+    segments = most_segments(config.data)
     graphdef, state = abstract_model(
         config.model, config.precision, remat, config.train.unroll, config.mesh, recipe, segments, mesh.size
     )
