@@ -118,11 +118,13 @@ def _check_tensor(config: Config, tensor: int) -> None:
             f"{config.train.micro_batch}) do not divide over the mesh axis tensor={tensor}; use true, or another "
             "train.micro_batch"
         )
+    rows_divide = config.train.micro_batch % tensor == 0
     for length in (config.data.max_length, *config.data.length_buckets):
-        if config.mesh.sequence_parallel and length % tensor:
+        if config.mesh.sequence_parallel and not rows_divide and length % tensor:
             raise UserError(
                 f"data.max_length={length} (or data.length_buckets) is not divisible by the mesh axis tensor={tensor}, "
-                f"which mesh.sequence_parallel=true needs; {nearest(length, tensor)} would do"
+                f"nor is train.micro_batch={config.train.micro_batch}, and mesh.sequence_parallel=true needs one of "
+                f"them; {nearest(length, tensor)} would do"
             )
 
 

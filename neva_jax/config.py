@@ -283,7 +283,8 @@ class MeshConfig:
 
     shape: str = key("data=-1", "Sizes of the axes data, fsdp and tensor; absent ones are 1, one may be -1 (the rest).")
     sequence_parallel: bool = key(
-        False, "Split the language model's residual stream over `tensor` too, along the length of the rows."
+        False,
+        "Split the language model's residual stream over `tensor` too: its rows, or their length if they are too few.",
     )
     zero1: bool = key(False, "Split the optimizer's moments over `data` too (ZeRO-1).")
     vision_tensor: bool = key(

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from neva_jax.config import LlmConfig, MeshConfig
-from neva_jax.derived import head_dim, kv_heads, padded_vocab, rotary_width
+from neva_jax.derived import head_dim, kv_heads, padded_vocab
 from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
-from neva_jax.parallel.mesh import constrain, spread, stream_axes
+from neva_jax.models.rotary import rotary_angles, rotate, split_rotated
+from neva_jax.parallel.mesh import constrain, constrain_stream, spread
 from neva_jax.precision import fp8
 
 
@@ -27,72 +28,6 @@ class LayerCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-
-
-def rotary_angles(positions: jax.Array, config: LlmConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the rotary embedding (Su et al. 2021; HF LlamaRotaryEmbedding).
-
-    With R the rotated part of the head width (rope_fraction): angle i is position * base^(-2i/R), and rope_scaling
-      linear    divides the frequencies by the factor F
-      llama3    divides those of waves longer than the original length N / low, keeps those shorter than N / high, and
-                goes from one to the other in between (HF _compute_llama3_parameters)
-      dynamic   raises the base where a row is longer than N: base * (F * length / N - (F - 1))^(R / (R - 2)); a row's
-                length is its largest position + 1 (HF _compute_dynamic_ntk_parameters, which takes the batch's)
-
-    Args:
-      positions: [B, T] i32.
-
-    Returns:
-      (cos, sin), each [B, T, R/2] f32.
-    """
-    width, factor, original = rotary_width(config), config.rope_factor, config.rope_original_length
-    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    base = jnp.float32(config.rope_base)
-    if config.rope_scaling == "dynamic":
-        length = jnp.maximum(jnp.max(positions, axis=1) + 1, original).astype(jnp.float32)[:, None, None]
-        base = base * (factor * length / original - (factor - 1)) ** (width / (width - 2))
-    frequencies = base**-exponents
-    if config.rope_scaling == "linear":
-        frequencies = frequencies / factor
-    if config.rope_scaling == "llama3":
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        kept = jnp.clip((original * frequencies / (2 * jnp.pi) - low) / (high - low), 0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / factor)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x[i], x[i + R/2]) of each head's first R channels; x: [B, T, H, K], computed in fp32."""
-    half = cos.shape[-1]
-    y = x.astype(jnp.float32)
-    first, second, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
-
-
-@jax.custom_vjp
-def split_rotated(y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads in groups [B, T, G, R + 2, K] (see `llama_fp8`) -> q [B, T, H, K], k and v [B, T, G, K], q and k rotated.
-
-    Its gradient is put together in one pass; JAX's own pads that of each part to the size of all, and adds them.
-    """
-    q = y[..., :-2, :].reshape(*y.shape[:2], -1, y.shape[-1])
-    return rotate(q, cos, sin), rotate(y[..., -2, :], cos, sin), y[..., -1, :]
-
-
-def _split_rotated_forward(y: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[tuple[jax.Array, ...], tuple]:
-    return split_rotated(y, cos, sin), (cos, sin)
-
-
-def _split_rotated_backward(angles: tuple[jax.Array, jax.Array], g: tuple[jax.Array, ...]) -> tuple:
-    cos, sin = angles
-    dq, dk, dv = rotate(g[0], cos, -sin), rotate(g[1], cos, -sin), g[2]
-    parts = [dq.reshape(*dk.shape[:3], -1, dk.shape[-1]), dk[..., None, :], dv[..., None, :]]
-    return jnp.concatenate(parts, axis=-2), None, None
-
-
-split_rotated.defvjp(_split_rotated_forward, _split_rotated_backward)
 
 
 class Block(nnx.Module):
@@ -142,7 +77,7 @@ class Block(nnx.Module):
             self.gate_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.up_bias = param(rngs, (f,), ("mlp",), zeros, layers)
             self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
-        self.config, self.backends, self.stream = config, backends, stream_axes(mesh)
+        self.config, self.backends, self.sequence_parallel = config, backends, mesh.sequence_parallel
 
     def __call__(
         self,
@@ -184,12 +119,14 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             if recipe is not None and recipe.covers("qkv"):
                 norm = (self.attention_norm.scale[...], config.norm_eps)
-                y = fp8.linear(recipe, x, *site("qkv"), norm=norm)  # [B, T, G, R + 2, K]
                 if config.qkv_bias:
+                    y = fp8.linear(recipe, x, *site("qkv"), norm=norm)  # [B, T, G, R + 2, K]
                     y = y + native_kernel("qkv", lambda name: weight(f"{name}_bias")[None])[0]
-                q, k, v = split_rotated(y, *angles)
+                    q, k, v = split_rotated(y, *angles)
+                else:
+                    q, k, v = fp8.heads(recipe, x, *site("qkv"), norm=norm, angles=angles)
             else:
-                y = constrain(self.attention_norm(x), "batch", "length", "features")
+                y = self._normed(self.attention_norm, x)
                 q = linear("btd,dhk->bthk", y, "q", config.qkv_bias)
                 k = linear("btd,dgk->btgk", y, "k", config.qkv_bias)
                 v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
@@ -203,18 +140,25 @@ class Block(nnx.Module):
                 y = biased(fp8.linear(recipe, attended, *site("o"), inputs=2), "o", config.o_bias)
             else:
                 y = linear("bthk,hkd->btd", attended, "o", config.o_bias)
-            x = constrain(x + dropout(y, config.hidden_dropout, rngs[1]), *self.stream)
+            x = constrain_stream(x + dropout(y, config.hidden_dropout, rngs[1]), self.sequence_parallel)
         with jax.named_scope("mlp"):
             if recipe is not None and recipe.covers("gate_up", "down"):
                 y = self._fp8_mlp(recipe, x, site, rngs[2])
                 y = biased(y, "down", config.mlp_bias)
             else:
-                y = constrain(self.mlp_norm(x), "batch", "length", "features")
+                y = self._normed(self.mlp_norm, x)
                 gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
                 up = linear("btd,df->btf", y, "up", config.mlp_bias)
                 inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
                 y = linear("btf,fd->btd", dropout(inner, config.ffn_dropout, rngs[2]), "down", config.mlp_bias)
-            return constrain(x + dropout(y, config.hidden_dropout, rngs[3]), *self.stream), cache
+            return constrain_stream(x + dropout(y, config.hidden_dropout, rngs[3]), self.sequence_parallel), cache
+
+    def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D], whole on each device of `tensor`."""
+        y = norm(x)
+        if self.sequence_parallel:  # else XLA gathers the fp32 values from before the cast
+            y = jax.lax.optimization_barrier(y)
+        return constrain(y, "batch", "length", "features")
 
     def _attend(
         self,
@@ -291,7 +235,7 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.head = param(rngs, (config.hidden_size, rows), ("embed", "vocab"), init)
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
-        self.stream = stream_axes(mesh)
+        self.sequence_parallel = mesh.sequence_parallel
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] i32 -> [B, T, D] in the compute dtype."""
@@ -328,7 +272,7 @@ class Llama(nnx.Module):
         if rng is not None:
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
-        x = constrain(x, *self.stream)
+        x = constrain_stream(x, self.sequence_parallel)
         caches, scales = [], fp8.scales(self.recipe, states) if states else None
         for stack, span, bounds, recipe in self._spans():
             in_fp8 = None if recipe is None else _cut(scales, *(layer - recipe.first for layer in bounds))

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neva_jax.config import MESH_AXES, MeshConfig
+from neva_jax.config import MESH_AXES
 from neva_jax.derived import nearest
 from neva_jax.errors import UserError
 
@@ -32,7 +32,8 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     "rows": "data",  # the batch during the look-up in a table whose other dimension is split over fsdp
     "images": ("data", "fsdp", "tensor"),  # the images of a batch, in a vision encoder that is not split itself
     "length": None,
-    "split_length": "tensor",  # of the residual stream, with sequence parallelism
+    "split_batch": ("data", "fsdp", "tensor"),  # of the residual stream, with sequence parallelism,
+    "split_length": "tensor",  # or where there are too few rows for that
     "features": None,
     # of parameters; heads, kv_heads, mlp and vocab of activations as well
     "layers": None,
@@ -102,9 +103,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def stream_axes(mesh: MeshConfig) -> tuple[str, str, str]:
-    """The logical axes of the residual stream [B, T, D]; with sequence parallelism its length is split."""
-    return "batch", "split_length" if mesh.sequence_parallel else "length", "features"
+def constrain_stream(x: jax.Array, sequence_parallel: bool) -> jax.Array:
+    """`constrain` for the residual stream [B, T, D].
+
+    With sequence parallelism each device of `tensor` holds rows of its own or, where there are too few, a part of each
+    row: collectives put rows in place, but parts take a copy before or after each.
+    """
+    if sequence_parallel and x.shape[0] % ways("split_batch") == 0:
+        return constrain(x, "split_batch", "length", "features")
+    return constrain(x, "batch", "split_length" if sequence_parallel else "length", "features")
 
 
 def ways(axis: str) -> int:

@@ -1,4 +1,4 @@
-"""FP8 linear layers: what is quantized, when, and what a run remembers of it. Models call `linear` and `mlp` only.
+"""FP8 linear layers: what is quantized, when, and what a run remembers. Models call `linear`, `heads` and `mlp` only.
 
     x [.., K] --cast e4m3--+                         e4m3: 448 at most, 3 bits of mantissa
                            matmul --> y [.., N]      e5m2: 57344 at most, 2 bits
@@ -32,7 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from neva_jax.config import Config, Fp8Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
-from neva_jax.parallel.mesh import constrain, stream_axes
+from neva_jax.models.rotary import split_rotated
+from neva_jax.parallel.mesh import constrain, constrain_stream
 from neva_jax.parallel.target import target_devices
 from neva_jax.precision import fp8_xla
 
@@ -53,7 +54,7 @@ class Recipe:
     stored: the frozen language model's kernels are held in FP8.
     apart: each layer's stored kernels are parameters of their own, not slices of a stack, out of which XLA would copy
       them before each product.
-    stream: logical axes of the residual stream, where a norm's gradient is taken.
+    sequence_parallel: of the residual stream, where a norm's gradient is taken.
     vision: the encoder's too, always by current scaling: nothing flows back through it, which would carry a state.
     """
 
@@ -67,7 +68,7 @@ class Recipe:
     last: int
     stored: bool
     apart: bool
-    stream: tuple[str, str, str]
+    sequence_parallel: bool
     vision: bool
     backend: str
 
@@ -130,7 +131,7 @@ def recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) -> Re
         last=last,
         stored=stored,
         apart=stored and not grouped and 1 < last - first <= train.unroll,
-        stream=stream_axes(config.mesh),
+        sequence_parallel=config.mesh.sequence_parallel,
         vision=fp8.vision,
         backend=choose_backend(fp8, config, devices)[0],
     )
@@ -316,19 +317,24 @@ def _linear_forward(
 
 
 def _linear_backward(call: _Call, inputs: int, kept: Any, g: jax.Array) -> tuple[Any, ...]:
-    x, gamma, values, (kernel, inverse, kernel_amax), amax, scales = kept
-    ops = call.ops
-    cast = ops.cast(g, scales.get("grad"), call.recipe.gradient)
-    dx = ops.product(cast, kernel, inverse, g.ndim - 2, g.dtype, fast=False)
-    dkernel = None if values is None else ops.outer(values, cast, g.dtype)
-    dgamma = None
-    if call.eps is not None:
-        dx, dgamma = ops.norm_grad(constrain(dx, *call.recipe.stream), x, gamma, call.eps)
-    new = _met(scales, {"x": amax, "kernel": kernel_amax, "grad": cast.amax})
-    return dx, dgamma, dkernel, new
+    scale = kept[-1].get("grad")
+    return _back(call, kept, call.ops.cast(g, scale, call.recipe.gradient), g.dtype)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _back(call: _Call, kept: Any, cast: Any, dtype: jnp.dtype) -> tuple[Any, ...]:
+    """Gradients of x, gamma, kernel and scales from what `_linear_forward` kept and the cast gradient of its result."""
+    x, gamma, values, (kernel, inverse, kernel_amax), amax, scales = kept
+    ops = call.ops
+    dx = ops.product(cast, kernel, inverse, cast.values.ndim - 2, dtype, fast=False)
+    dkernel = None if values is None else ops.outer(values, cast, dtype)
+    dgamma = None
+    if call.eps is not None:
+        dx, dgamma = ops.norm_grad(constrain_stream(dx, call.recipe.sequence_parallel), x, gamma, call.eps)
+    new = _met(scales, {"x": amax, "kernel": kernel_amax, "grad": cast.amax})
+    return dx, dgamma, dkernel, new
 
 
 def _first_product(
@@ -351,6 +357,48 @@ def _first_product(
 def _values(cast: Any, kernel: Any) -> Any:
     """What the kernel's gradient needs of x: nothing where it is stored, and so never trained."""
     return None if isinstance(kernel, Stored) else (cast.values, cast.inverse)
+
+
+# --- the heads of attention
+
+
+def heads(
+    recipe: Recipe,
+    x: jax.Array,
+    kernel: jax.Array | Stored,
+    scales: Scales,
+    *,
+    norm: tuple[jax.Array, float],
+    angles: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """RMS norm, the product of site qkv, rotary embedding: x [B, T, D] -> q [B, T, H, K], k and v [B, T, G, K].
+
+    Args:
+      kernel, scales, norm: as in `linear`; the kernel is [D, G, R + 2, K] (`models.llama_fp8`).
+      angles: cosine and sine [B, T, K/2] or shorter f32 (`models.rotary.rotary_angles`).
+    """
+    return _heads(_Call(recipe, norm[1]), x, norm[0], kernel, scales, angles)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _heads(call: _Call, x: jax.Array, gamma: jax.Array, kernel: Any, scales: Scales, angles: Any) -> Any:
+    return _heads_forward(call, x, gamma, kernel, scales, angles)[0]
+
+
+def _heads_forward(
+    call: _Call, x: jax.Array, gamma: jax.Array, kernel: Any, scales: Scales, angles: Any
+) -> tuple[Any, Any]:
+    y, kept = _linear_forward(call, 1, x, gamma, kernel, scales)
+    return split_rotated(y, *angles), (kept, angles)
+
+
+def _heads_backward(call: _Call, kept: Any, g: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    kept, angles = kept
+    cast = call.ops.heads_grad_cast(*g, *angles, kept[-1].get("grad"), call.recipe.gradient)
+    return *_back(call, kept, cast, g[0].dtype), None
+
+
+_heads.defvjp(_heads_forward, _heads_backward)
 
 
 # --- the MLP as a whole
@@ -399,7 +447,7 @@ def _mlp_backward(call: _Call, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     dinner = constrain(dinner, "batch", "length", "mlp")
     inner = ops.swiglu_grad_cast(dinner, halves, scales[0].get("grad"), gradient)
     dx = ops.product(inner, kernel, inverse, 2, x.dtype, fast=False)
-    dx, dgamma = ops.norm_grad(constrain(dx, *call.recipe.stream), x, gamma, call.eps)
+    dx, dgamma = ops.norm_grad(constrain_stream(dx, call.recipe.sequence_parallel), x, gamma, call.eps)
     dkernels = (
         None if values[0] is None else ops.outer(values[0], inner, x.dtype),
         None if values[1] is None else ops.outer(values[1], cast, x.dtype),

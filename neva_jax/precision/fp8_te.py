@@ -15,9 +15,10 @@ from transformer_engine.jax import cpp_extensions as te
 from transformer_engine.jax.quantize import CurrentScaleQuantizer, DelayedScaleQuantizer, QuantizeLayout, ScalingMode
 from transformer_engine.jax.sharding import MeshResource, global_shard_guard
 
+from neva_jax.precision import fp8_pallas, fp8_xla
 from neva_jax.precision.fp8_xla import Cast, cast, norm_grad, outer, product
 
-__all__ = ["cast", "norm_cast", "norm_grad", "outer", "product", "swiglu_cast", "swiglu_grad_cast"]
+__all__ = ["cast", "heads_grad_cast", "norm_cast", "norm_grad", "outer", "product", "swiglu_cast", "swiglu_grad_cast"]
 
 SWIGLU = ("silu", "linear")
 NO_MESH = MeshResource()
@@ -59,6 +60,15 @@ def norm_cast(x: jax.Array, gamma: jax.Array, eps: float, scale: jax.Array | Non
             x.reshape(-1, x.shape[-1]), gamma.astype(x.dtype), None, False, eps, "rmsnorm", quantizer
         )
     return _cast(tensor, quantizer, x.shape)
+
+
+def heads_grad_cast(
+    dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None, dtype: Any
+) -> Cast:
+    """See `fp8_xla.heads_grad_cast`."""
+    # By current scaling what is joined is read twice, so it must be there.
+    ours = fp8_xla if scale is None or not fp8_pallas.fits(dq, dk, cos) else fp8_pallas
+    return ours.heads_grad_cast(dq, dk, dv, cos, sin, scale, dtype)
 
 
 def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from neva_jax.models.rotary import join_rotated_back
 from neva_jax.parallel.target import target_devices
 
 
@@ -53,6 +54,13 @@ def norm_cast(x: jax.Array, gamma: jax.Array, eps: float, scale: jax.Array | Non
 def norm_grad(dy: jax.Array, x: jax.Array, gamma: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """Gradients of the RMS norm for x and gamma."""
     return jax.vjp(lambda x, gamma: _norm(x, gamma, eps), x, gamma)[1](dy.astype(jnp.float32))
+
+
+def heads_grad_cast(
+    dq: jax.Array, dk: jax.Array, dv: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None, dtype: Any
+) -> Cast:
+    """The gradient of `rotary.split_rotated` for the heads in groups [B, T, G, R + 2, K], cast."""
+    return cast(join_rotated_back(dq, dk, dv, cos, sin), scale, dtype)
 
 
 def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from neva_jax.config import MeshConfig
-from neva_jax.parallel.mesh import stream_axes
+from neva_jax.config import LlmConfig
+from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.precision import fp8, te
 
-STREAM = stream_axes(MeshConfig())
 BACKENDS = ("xla", "te")
 B, T, D, F, H, K = 4, 128, 256, 512, 4, 64
 FORWARD, GRADIENT = 0.045, {jnp.float8_e5m2: 0.075, jnp.float8_e4m3fn: 0.055}
@@ -24,7 +23,7 @@ MLP_FORWARD, MLP_GRADIENT = 0.08, {jnp.float8_e5m2: 0.12, jnp.float8_e4m3fn: 0.1
 def _recipe(backend, delayed, gradient=jnp.float8_e5m2, stored=False):
     if backend == "te" and te.problem() is not None:
         pytest.skip(te.problem())
-    return fp8.Recipe(delayed, gradient, 0, 16, "max", fp8.SITES["all"], 0, 1, stored, False, STREAM, False, backend)
+    return fp8.Recipe(delayed, gradient, 0, 16, "max", fp8.SITES["all"], 0, 1, stored, False, False, False, backend)
 
 
 def _normal(seed, *shape):
@@ -73,6 +72,40 @@ def test_linear(backend, delayed, gradient):
     assert _off(y, expected) < FORWARD
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert _off(ours, theirs) < GRADIENT[gradient]
+
+
+@pytest.mark.parametrize("delayed", [False, True], ids=["current", "delayed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads(backend, delayed):
+    """Two groups of a key, a value and two query heads; backend `te` has our Pallas kernel for delayed scaling."""
+    recipe, g = (
+        _recipe(backend, delayed),
+        tuple(_normal(i, B, T, heads, K) * 1e-3 for i, heads in ((5, 4), (6, 2), (7, 2))),
+    )
+    arguments = (3 * _normal(0, B, T, D), 1 + 0.1 * _normal(3, D), _normal(1, D, 2, 4, K) * 0.06)
+    angles = rotary_angles(jnp.broadcast_to(jnp.arange(T), (B, T)), LlmConfig(vocab_size=9, head_dim=K))
+
+    def run(a, scales):
+        return fp8.heads(recipe, a[0], a[2], scales["qkv"], norm=(a[1], 1e-5), angles=angles)
+
+    def reference(a):
+        y = a[0] * jax.lax.rsqrt(jnp.mean(a[0] * a[0], axis=-1, keepdims=True) + 1e-5) * a[1]
+        return split_rotated(jnp.einsum("btd,dgrk->btgrk", y, a[2]), *angles)
+
+    y, gradients, state = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
+    fp32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        expected, back = jax.vjp(reference, fp32(arguments))
+        expected_gradients = back(fp32(g))[0]
+    for ours, theirs in zip(y, expected, strict=True):
+        assert _off(ours, theirs) < FORWARD
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert _off(ours, theirs) < GRADIENT[jnp.float8_e5m2]
+    if delayed:
+        # Rotation keeps the length of a pair: the largest value is at most sqrt(2) times what came in.
+        met = 57344 / float(state["qkv"]["grad"]["scale"][0])
+        largest = max(float(jnp.max(jnp.abs(part.astype(jnp.float32)))) for part in g)
+        assert largest / 1.5 < met < largest * 1.42
 
 
 def _mlp(arguments):

@@ -15,7 +15,8 @@ from transformers.models.phi.modeling_phi import PhiConfig, PhiRotaryEmbedding, 
 
 from neva_jax.config import LlmConfig
 from neva_jax.models.layers import NO_REMAT
-from neva_jax.models.llama import Llama, rotary_angles, rotate
+from neva_jax.models.llama import Llama
+from neva_jax.models.rotary import rotary_angles, rotate
 from neva_jax.models.vision import Vision, cubic_matrix
 from scripts.make_golden import GOLDEN, llava_arrays, llm_config, normalised_pixels, randomise, vision_config
 from tests.models import helpers

@@ -9,17 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, Fp8Config, LlmConfig, MeshConfig, ModelConfig, PrecisionConfig, TrainConfig
+from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
 from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
-from neva_jax.parallel.mesh import stream_axes
+from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.precision import fp8, fp8_xla, te
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
 B, T, D, F = 2, 5, 16, 24
-STREAM = stream_axes(MeshConfig())
-CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, STREAM, False, "xla")
+CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, False, False, "xla")
 DELAYED = dataclasses.replace(CURRENT, delayed=True)
 
 
@@ -123,6 +122,35 @@ def test_mlp_and_its_gradients():
     assert _off(y, inner @ _cast(down, E4M3)) < 3e-3
     for ours, theirs in zip(gradients, expected, strict=True):
         assert _off(ours, theirs) < 1e-2
+
+
+@pytest.mark.parametrize("recipe", [CURRENT, DELAYED], ids=["current", "delayed"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_heads_are_a_linear_layer_and_the_rotary_embedding(recipe, stored):
+    """Values, gradients and what delayed scaling meets, with two query heads in a group."""
+    x, gamma, *_ = _arguments()
+    kernel = jnp.asarray(0.3 * _normal(8, D, 2, 4, 8))  # [D, G, R + 2, K]
+    kernel = fp8.store(kernel, 1)[0] if stored else kernel
+    angles = rotary_angles(jnp.arange(B * T).reshape(B, T), LlmConfig(vocab_size=9, head_dim=8))
+    tensors = ("x", "grad") if stored else ("x", "grad", "kernel")
+    scales = {tensor: jnp.float32(2 + i) for i, tensor in enumerate(tensors)} if recipe.delayed else {}
+    norm = (jnp.asarray(gamma), 1e-5)
+
+    def heads(x, gamma, kernel, scales):
+        return fp8.heads(recipe, x, kernel, scales, norm=(gamma, 1e-5), angles=angles)
+
+    def apart(x, gamma, kernel, scales):
+        return split_rotated(fp8.linear(recipe, x, kernel, scales, norm=(gamma, 1e-5)), *angles)
+
+    results = []
+    for function in (heads, apart):
+        y, back = jax.vjp(lambda x, gamma, scales, run=function: run(x, gamma, kernel, scales), x, norm[0], scales)
+        g = jax.tree.map(lambda part: jnp.asarray(1e-3 * _normal(9, *part.shape)), y)
+        results.append((y, back(g)))
+        if not stored:
+            results[-1] += (jax.vjp(lambda kernel, run=function: run(x, norm[0], kernel, scales), kernel)[1](g),)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert [part.shape for part in results[0][0]] == [(B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 8)]
 
 
 def test_a_norm_before_a_linear_layer_is_cast_without_rounding():
