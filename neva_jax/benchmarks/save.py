@@ -53,7 +53,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="whose model and optimizer; without it, a tiny model")
     parser.add_argument("--mesh-shape", metavar="SHAPE", default="fsdp=-1", help="as data=2,tensor=4 (fsdp=-1)")
     parser.add_argument("--states", default="projector,full", help="any of projector and full, comma-separated")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves after a first one (3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="saves after a first one (3); with 0, a disk need only hold one",
+    )
     parser.add_argument("--dir", metavar="DIR", help="disk to write to; without it, the folder of temporary files")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as model.llm.num_layers=16")
 
@@ -68,8 +74,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict]:
     names = options.states.split(",")
     if unknown := [name for name in names if name not in STATES]:
         raise UserError(f"--states {options.states}: {unknown[0]} is none of {', '.join(STATES)}")
-    if options.repeats < 1:
-        raise UserError(f"--repeats {options.repeats}: must be at least 1")
+    if options.repeats < 0:
+        raise UserError(f"--repeats {options.repeats}: must be at least 0")
     if options.dir is not None and not Path(options.dir).is_dir():
         raise UserError(f"--dir {options.dir}: no such directory")
     given = [] if options.config else TINY
@@ -125,10 +131,11 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
         "arrays": len(leaves),
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "bytes": size,
-        "blocked_ms": round(statistics.median(waited[1:]), 2),
-        "blocked_ms_max": round(max(waited[1:]), 2),
+        "blocked_ms": round(statistics.median(waited[1:]), 2) if repeats else None,
+        "blocked_ms_max": round(max(waited[1:]), 2) if repeats else None,
         "blocked_ms_first": round(waited[0], 2),
-        "total_s": round(statistics.median(total[1:]), 3),
+        "total_s": round(statistics.median(total[1:]), 3) if repeats else None,
+        "total_s_first": round(total[0], 3),
         "restore_s": round(restored, 3),
         "verify_s": round(verified, 3),
         "repeats": repeats,

@@ -29,7 +29,7 @@ def test_a_line_for_each_state(capsys, tmp_path):
     ("flags", "message"),
     [
         (["--states", "all"], "--states all: all is none of projector, full"),
-        (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--repeats", "-1"], "--repeats -1: must be at least 0"),
         (["--dir", "/nope"], "--dir /nope: no such directory"),
         (["model.llm.layers=1"], "override model.llm.layers: unknown key model.llm.layers"),
     ],
