@@ -109,7 +109,8 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     start = options.runs / "start"
-    warm = [f"train.steps={WARM_STEPS}", f"precision.compute={recipes[0]}", "eval.every=1000000"]
+    warm = [f"train.steps={WARM_STEPS}", "optimizer.warmup_steps=10", f"precision.compute={recipes[0]}"]
+    warm += ["eval.every=1000000"]
     train(start, [*options.overrides, *warm], deadline - time.monotonic())
     lines: list[dict[str, Any]] = []
     for seed in seeds:

@@ -121,10 +121,9 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         figure, axes = pyplot.subplots(figsize=(8, 4.5))
         for row in group:
             axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=1, label=label(row))
-        axes.set(xlabel="step", ylabel="loss", title=", ".join((*key[:3], f"{key[3]} tokens, seed {key[4]}")))
+        axes.set(xlabel="step", ylabel="loss", title=", ".join((*key[:3], f"{key[3]} tokens")))
         axes.legend(fontsize=8)
-        words = (key[0], key[1], key[2], *key[3:])
-        drawn.append(_save(figure, folder, f"losses_{re.sub('[^a-z0-9]+', '_', ' '.join(words).lower())}.png"))
+        drawn.append(_save(figure, folder, f"losses_{re.sub('[^a-z0-9]+', '_', ' '.join(key).lower())}.png"))
     return drawn
 
 

@@ -91,7 +91,8 @@ def memory(rows: list[Row]) -> str:
     fits = [row for row in fits if row["stage"] == "finetune" and (row.get("peak_gib") or "error" in row)]
     groups = sorted({_memory_group(row) for row in fits}) or [None]
     for group in groups:
-        for layers in sorted({*WORKFLOW_MEMORY, *(row["layers"] for row in fits if _memory_group(row) == group)}):
+        here = {row["layers"] for row in fits if _memory_group(row) == group}
+        for layers in sorted(here | set(WORKFLOW_MEMORY) if len(here) != 1 else here):
             theirs = WORKFLOW_MEMORY.get(layers, "–")
             found = [row for row in fits if _memory_group(row) == group and row["layers"] == layers]
             measured = [row["peak_gib"] for row in found if row.get("peak_gib")]
@@ -145,15 +146,16 @@ def layouts(rows: list[Row]) -> str:
 
 
 def losses(rows: list[Row]) -> str:
-    """Final losses of runs on the same data, against the bf16 one on one GPU."""
+    """Final losses of several runs, against the bf16 one on the fewest GPUs."""
     lines = []
     for name, group in curves(rows).items():
-        reference = next((row for row in group if kind(row) == "bf16" and not row["mesh"]), group[0])
+        group = sorted(group, key=lambda row: (row["seed"], kind(row) != "bf16", row["gpus"], label(row)))
+        reference = group[0]
         for row in group:
             last, wanted = final_loss(row), final_loss(reference)
             lines.append([*name, label(row), len(row["losses"]), f"{last:.4f}", f"{100 * (last / wanted - 1):+.2f} %"])
-    head = "card | stage | model | tokens | seed | run | steps | final loss | against bf16, one GPU"
-    return _table(head, lines or [[NOT_MEASURED, *[""] * 8]])
+    head = "card | stage | model | tokens | run | steps | final loss | against the first"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 7]])
 
 
 def kernels(rows: list[Row]) -> str:
@@ -257,11 +259,11 @@ def sweeps(rows: Iterable[Row]) -> dict[tuple[str, ...], list[tuple[float, Row]]
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """(card, stage, model, tokens, seed) -> the runs on that data, where there are several."""
+    """(card, stage, model, tokens) -> its runs, where there are several; those of one seed see the same data."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in ours(rows):
         if len(row.get("losses", ())) >= CURVE:
-            key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}", str(row["seed"]))
+            key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}")
             found.setdefault(key, []).append(row)
     return {key: sorted(group, key=label) for key, group in sorted(found.items()) if len(group) > 1}
 
@@ -272,8 +274,9 @@ def final_loss(row: Row) -> float:
 
 
 def label(row: Row) -> str:
-    """What tells a run from others on the same data."""
-    return f"{row['precision']}, {_mesh(row['mesh'])}" + (", sequence parallel" if row["sequence_parallel"] else "")
+    """What tells a run from others."""
+    parallel = ", sequence parallel" if row["sequence_parallel"] else ""
+    return f"{row['precision']}, {_mesh(row['mesh'])}{parallel}, seed {row['seed']}"
 
 
 def kind(row: Row) -> str:

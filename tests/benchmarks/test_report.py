@@ -102,18 +102,20 @@ def test_curves_and_sweeps_are_drawn(folder):
     rows += [
         row(losses=[2.0] * 90 + [1.0] * 10),
         row(losses=[2.0] * 90 + [1.01] * 10, precision="fp8_current"),
-        row(losses=[2.0] * 100, precision="fp8_delayed", seed=2),  # alone on its data
+        row(losses=[2.0] * 90 + [1.1] * 10, precision="fp8_delayed", seed=2),
+        row(losses=[2.0] * 100, stage="finetune"),  # alone
     ]
     assert report(folder, rows=rows) == 0
     assert [line[5:7] + line[9:] for line in section(folder, "cost")] == [
         ["256", "100.0", ""], ["512", "400.0", "2.00"], ["1024", "1600.0", "2.00"],
     ]  # fmt: skip
-    assert [line[5:] for line in section(folder, "losses")] == [
-        ["bf16, 1 GPU", "100", "1.0000", "+0.00 %"],
-        ["fp8_current, 1 GPU", "100", "1.0100", "+1.00 %"],
+    assert [line[4:] for line in section(folder, "losses")] == [
+        ["bf16, 1 GPU, seed 1", "100", "1.0000", "+0.00 %"],
+        ["fp8_current, 1 GPU, seed 1", "100", "1.0100", "+1.00 %"],
+        ["fp8_delayed, 1 GPU, seed 2", "100", "1.1000", "+10.00 %"],
     ]
     drawn = sorted(path.name for path in (folder / "images").iterdir())
-    assert drawn == ["cost_tokens.png", "losses_h200_pretrain_7b_320_1.png"]
+    assert drawn == ["cost_tokens.png", "losses_h200_pretrain_7b_320.png"]
 
 
 def test_errors(folder):
