@@ -104,14 +104,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_stream(x: jax.Array, sequence_parallel: bool) -> jax.Array:
-    """`constrain` for the residual stream [B, T, D].
+    """`constrain` for the residual stream [B, T, D]."""
+    return constrain(x, *stream_axes(x, sequence_parallel))
+
+
+def stream_axes(x: jax.Array, sequence_parallel: bool) -> tuple[str, str, str]:
+    """The logical axes of the residual stream [B, T, D].
 
     With sequence parallelism each device of `tensor` holds rows of its own or, where there are too few, a part of each
     row: collectives put rows in place, but parts take a copy before or after each.
     """
     if sequence_parallel and x.shape[0] % ways("split_batch") == 0:
-        return constrain(x, "split_batch", "length", "features")
-    return constrain(x, "batch", "split_length" if sequence_parallel else "length", "features")
+        return "split_batch", "length", "features"
+    return "batch", "split_length" if sequence_parallel else "length", "features"
+
+
+def divides(x: jax.Array, axes: Axes) -> bool:
+    """Whether the current mesh splits an array with these logical axes into equal parts."""
+    return all(axis is None or size % ways(axis) == 0 for axis, size in zip(axes, x.shape, strict=True))
 
 
 def ways(axis: str) -> int:

@@ -20,6 +20,7 @@ products need: FP8 ones want both operands contiguous along the sum.
 Which kernels compute this is the backend's: `fp8_xla`, or `fp8_te` with the same functions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -30,15 +31,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from neva_jax.config import Config, Fp8Config
-from neva_jax.derived import head_dim, kv_heads
+from neva_jax.derived import head_dim, kv_heads, parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.models.rotary import split_rotated
-from neva_jax.parallel.mesh import constrain, constrain_stream
+from neva_jax.parallel.mesh import constrain, constrain_stream, divides, spec, stream_axes
 from neva_jax.parallel.target import target_devices
 from neva_jax.precision import fp8_xla
 
 SITES = {"all": ("qkv", "o", "gate_up", "down"), "attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
 KEPT = "fp8_amax"  # the name of what recomputation must not recompute: scalars that cost a pass each
+# Logical axes of activations.
+HEADS, KV_HEADS = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
+MLP, HALVES = ("batch", "length", "mlp"), ("batch", "length", None, "mlp")
 State = dict[str, Any]
 Scales = dict[str, Any]
 
@@ -157,12 +161,13 @@ def _te_problem(config: Config, devices: int) -> str | None:
     """Why Transformer Engine cannot be used, or None."""
     if target_devices()[0].platform != "gpu":
         return f"Transformer Engine needs a GPU, here is {target_devices()[0].platform}"
-    if devices > 1:
-        return f"Transformer Engine serves one device so far, the mesh has {devices}"
-    llm = config.model.llm
-    widths = (llm.hidden_size, llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
+    if devices > 1 and config.precision.compute == "fp8_current":
+        return f"by current scaling it serves one device, the mesh has {devices}"
+    llm, tensor = config.model.llm, parse_mesh_shape(config.mesh.shape, devices)["tensor"]
+    split = (llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
+    widths = (llm.hidden_size, *(width / tensor for width in split))
     if any(width % 16 for width in widths):
-        return f"its kernels need widths that 16 divides, not {', '.join(map(str, widths))}"
+        return f"its kernels need widths that 16 divides, not {', '.join(f'{width:g}' for width in widths)}"
     from neva_jax.precision.te import problem
 
     return problem()
@@ -279,6 +284,33 @@ def _met(scales: Scales, amax: dict[str, Any]) -> Scales:
     return {tensor: amax[tensor] for tensor in scales}
 
 
+def _by_part(call: _Call, cast: Callable, arguments: tuple[tuple, Any], axes: tuple, out: tuple) -> Any:
+    """`cast(ops, *arrays, scale)`, by each device for its part of the arrays where a backend's kernels know no mesh.
+
+    The largest value is that of all parts. Where the mesh does not split all arrays evenly it is plain XLA's.
+
+    Args:
+      arguments: (arrays, scale).
+      axes, out: logical axes of the arrays, and of the values that come back.
+    """
+    arrays, scale = arguments
+    mesh = jax.sharding.get_abstract_mesh()
+    if not call.ops.ONE_DEVICE or mesh.empty or mesh.size == 1:
+        return cast(call.ops, *arrays, scale)
+    if scale is None or not all(divides(array, names) for array, names in zip(arrays, axes, strict=True)):
+        return cast(fp8_xla, *arrays, scale)
+
+    def part(*arguments: jax.Array) -> fp8_xla.Cast:
+        found = cast(call.ops, *arguments)
+        return found._replace(amax=jax.lax.pmax(found.amax, mesh.axis_names))
+
+    whole = spec(())
+    specs = (*map(spec, axes), whole)
+    # Kernels do not tell along which axes their results are equal.
+    run = jax.shard_map(part, in_specs=specs, out_specs=fp8_xla.Cast(spec(out), whole, whole), check_vma=False)
+    return run(*arrays, scale)
+
+
 # --- one linear layer
 
 
@@ -345,7 +377,14 @@ def _first_product(
     if call.eps is None:
         cast = ops.cast(x, scale, jnp.float8_e4m3fn)
     else:
-        cast = ops.norm_cast(x, gamma, call.eps, scale, jnp.float8_e4m3fn)
+        stream = stream_axes(x, call.recipe.sequence_parallel)
+        cast = _by_part(
+            call,
+            lambda ops, x, gamma, scale: ops.norm_cast(x, gamma, call.eps, scale, jnp.float8_e4m3fn),
+            ((x, gamma), scale),
+            (stream, ("norm",)),
+            stream,
+        )
         # With sequence parallelism it is the FP8 values that travel.
         cast = cast._replace(values=constrain(cast.values, "batch", "length", "features"))
     cast = cast._replace(amax=checkpoint_name(cast.amax, KEPT), inverse=checkpoint_name(cast.inverse, KEPT))
@@ -394,7 +433,14 @@ def _heads_forward(
 
 def _heads_backward(call: _Call, kept: Any, g: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     kept, angles = kept
-    cast = call.ops.heads_grad_cast(*g, *angles, kept[-1].get("grad"), call.recipe.gradient)
+    positions = ("batch", "length", None)
+    cast = _by_part(
+        call,
+        lambda ops, *arrays: ops.heads_grad_cast(*arrays, call.recipe.gradient),
+        ((*g, *angles), kept[-1].get("grad")),
+        (HEADS, KV_HEADS, KV_HEADS, positions, positions),
+        ("batch", "length", "kv_heads", None, "head_dim"),
+    )
     return *_back(call, kept, cast, g[0].dtype), None
 
 
@@ -429,8 +475,14 @@ def _mlp(call: _Call, x: jax.Array, gamma: jax.Array, kernels: Any, scales: Any)
 def _mlp_forward(call: _Call, x: jax.Array, gamma: jax.Array, kernels: Any, scales: Any) -> tuple[jax.Array, Any]:
     ops = call.ops
     halves, cast, kept = _first_product(call, 1, x, gamma, kernels[0], scales[0])
-    halves = constrain(halves, "batch", "length", None, "mlp")
-    inner = ops.swiglu_cast(halves, scales[1].get("x"), jnp.float8_e4m3fn)
+    halves = constrain(halves, *HALVES)
+    inner = _by_part(
+        call,
+        lambda ops, *arrays: ops.swiglu_cast(*arrays, jnp.float8_e4m3fn),
+        ((halves,), scales[1].get("x")),
+        (HALVES,),
+        MLP,
+    )
     inner = inner._replace(amax=checkpoint_name(inner.amax, KEPT), inverse=checkpoint_name(inner.inverse, KEPT))
     down, down_amax = _stored(kernels[1], 1, scales[1])
     y = ops.product(inner, down.forward, down.inverse, 1, x.dtype, fast=True)
@@ -444,8 +496,14 @@ def _mlp_backward(call: _Call, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     ops, gradient = call.ops, call.recipe.gradient
     cast = ops.cast(g, scales[1].get("grad"), gradient)
     dinner = ops.product(cast, down, down_inverse, 1, x.dtype, fast=False)
-    dinner = constrain(dinner, "batch", "length", "mlp")
-    inner = ops.swiglu_grad_cast(dinner, halves, scales[0].get("grad"), gradient)
+    dinner = constrain(dinner, *MLP)
+    inner = _by_part(
+        call,
+        lambda ops, *arrays: ops.swiglu_grad_cast(*arrays, gradient),
+        ((dinner, halves), scales[0].get("grad")),
+        (MLP, HALVES),
+        HALVES,
+    )
     dx = ops.product(inner, kernel, inverse, 2, x.dtype, fast=False)
     dx, dgamma = ops.norm_grad(constrain_stream(dx, call.recipe.sequence_parallel), x, gamma, call.eps)
     dkernels = (

@@ -3,7 +3,7 @@
 Casts alone, products and the norm's gradient are XLA's: it tries cublasLt's algorithms out, which undo the scales. When
 this mixture was chosen, eight 7B layers of 10,240 tokens on an H100, forward and back, delayed scaling: Transformer
 Engine throughout 90.9 ms, XLA throughout 91.1, this mixture 85.2 (docs/fp8.md). Its layers (`dense`, `layernorm_mlp`)
-would besides quantize a frozen kernel in every step. Written against 2.11; one device.
+would besides quantize a frozen kernel in every step. Written against 2.11.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ __all__ = ["cast", "heads_grad_cast", "norm_cast", "norm_grad", "outer", "produc
 
 SWIGLU = ("silu", "linear")
 NO_MESH = MeshResource()
+ONE_DEVICE = True  # see `fp8._by_part`
 
 
 @dataclass

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from neva_jax.models.rotary import join_rotated_back
 from neva_jax.parallel.target import target_devices
 
+ONE_DEVICE = False  # kernels that know no mesh
+
 
 class Cast(NamedTuple):
     """A tensor in FP8, the factor that undoes its scale (f32), and its largest absolute value before (f32)."""

@@ -4,14 +4,17 @@ Relative errors (Frobenius). A normal tensor cast to e4m3 with one scale is off 
 two casts by the root of the sum of squares, and SwiGLU adds a cast on the way.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from neva_jax.config import LlmConfig
 from neva_jax.models.rotary import rotary_angles, split_rotated
+from neva_jax.parallel.mesh import constrain_stream, make_mesh
 from neva_jax.precision import fp8, te
 
 BACKENDS = ("xla", "te")
@@ -36,7 +39,7 @@ def _off(a, b):
 
 
 def _run(function, arguments, states, recipe, g):
-    """(y, gradients of `arguments`) after three steps of the state."""
+    """(y, gradients of `arguments`, state) after three steps of the state."""
 
     @partial(jax.jit, compiler_options=fp8.compiler_options(recipe, 1))
     def step(arguments, states, g):
@@ -50,7 +53,7 @@ def _run(function, arguments, states, recipe, g):
 
     for _ in range(3):
         y, gradients, states = step(arguments, states, g)
-    return y, gradients
+    return y, gradients, states
 
 
 def _reference(function, arguments, g):
@@ -67,7 +70,7 @@ def test_linear(backend, delayed, gradient):
     recipe = _recipe(backend, delayed, gradient)
     arguments, g = (_normal(0, B, T, H, K), _normal(1, H, K, D) * 0.02), _normal(2, B, T, D) * 1e-3
     run = lambda a, s: fp8.linear(recipe, *a, s["o"], inputs=2)  # noqa: E731
-    y, gradients = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
+    y, gradients, _ = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
     expected, expected_gradients = _reference(lambda a: jnp.einsum("bthk,hkd->btd", *a), arguments, g)
     assert _off(y, expected) < FORWARD
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -129,7 +132,7 @@ def test_mlp(backend, delayed, gradient):
     def run(a, scales):
         return fp8.mlp(recipe, a[0], (a[1], 1e-5), a[2:], (scales["gate_up"], scales["down"]))
 
-    y, gradients = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
+    y, gradients, _ = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
     expected, expected_gradients = _reference(_mlp, arguments, g)
     assert _off(y, expected) < MLP_FORWARD
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -149,7 +152,7 @@ def test_both_backends_agree(delayed, bound):
             return fp8.mlp(recipe, a[0], (a[1], 1e-5), a[2:], (scales["gate_up"], scales["down"])), y
 
         states = fp8.initial_state(recipe, True)
-        results.append(_run(run, arguments, states, recipe, (g, _normal(6, B, T, 2, F) * 1e-3)))
+        results.append(_run(run, arguments, states, recipe, (g, _normal(6, B, T, 2, F) * 1e-3))[:2])
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         assert _off(ours, theirs) < bound
 
@@ -166,6 +169,40 @@ def test_stored_kernels_give_the_numbers_of_kernels_quantized_in_every_step(back
         def run(x, scales, held=held):
             return fp8.mlp(recipe, x, (arguments[1], 1e-5), held, (scales["gate_up"], scales["down"]))
 
-        results.append(_run(run, arguments[0], fp8.initial_state(recipe, False), recipe, g))
+        results.append(_run(run, arguments[0], fp8.initial_state(recipe, False), recipe, g)[:2])
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         assert _off(ours, theirs) < 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_devices_compute_what_one_does(backend, axis, sequence_parallel):
+    """Layers of one device and of a mesh: values, gradients, and the largest values that delayed scaling remembers.
+
+    Sums over a split dimension are rounded to bf16 before they are added, so a few values become the next FP8 number.
+    """
+    recipe = dataclasses.replace(_recipe(backend, True), sequence_parallel=sequence_parallel)
+    x, gamma, gate_up, down = _mlp_arguments()
+    arguments = (x, gamma, gate_up, down, _normal(1, D, 2, 4, K) * 0.06)
+    angles = rotary_angles(jnp.broadcast_to(jnp.arange(T), (B, T)), LlmConfig(vocab_size=9, head_dim=K))
+    heads = tuple(_normal(i, B, T, count, K) * 1e-3 for i, count in ((5, 4), (6, 2), (7, 2)))
+
+    def run(a, scales):
+        x = constrain_stream(a[0], sequence_parallel)
+        norm = (a[1], 1e-5)
+        y = fp8.heads(recipe, x, a[4], scales["qkv"], norm=norm, angles=angles)
+        return fp8.mlp(recipe, x, norm, a[2:4], (scales["gate_up"], scales["down"])), y
+
+    results = []
+    for sizes in ({"data": 1, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 1, axis: 2}):
+        with jax.set_mesh(make_mesh(sizes, jax.devices()[: max(sizes.values())])):
+            state = fp8.initial_state(recipe, True)
+            found = _run(run, arguments, state, recipe, (_normal(5, B, T, D) * 1e-3, heads))
+            results.append(jax.tree.map(np.asarray, found))
+    (one, one_gradients, one_state), (two, two_gradients, two_state) = jax.tree.map(jnp.asarray, results)
+    for ours, theirs in zip(*map(jax.tree.leaves, ((two, two_gradients), (one, one_gradients))), strict=True):
+        assert _off(ours, theirs) < 0.03
+    for ours, theirs in zip(*map(jax.tree.leaves, (two_state, one_state)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0.05)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, Precision
 from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
 from neva_jax.models.rotary import rotary_angles, split_rotated
+from neva_jax.parallel.mesh import constrain_stream, make_mesh
 from neva_jax.precision import fp8, fp8_xla, te
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -151,6 +153,55 @@ def test_heads_are_a_linear_layer_and_the_rotary_embedding(recipe, stored):
             results[-1] += (jax.vjp(lambda kernel, run=function: run(x, norm[0], kernel, scales), kernel)[1](g),)
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert [part.shape for part in results[0][0]] == [(B, T, 4, 8), (B, T, 2, 8), (B, T, 2, 8)]
+
+
+CASTS = ("norm_cast", "swiglu_cast", "swiglu_grad_cast", "heads_grad_cast")
+
+
+@pytest.mark.parametrize(
+    ("groups", "sequence_parallel", "parts"),
+    [
+        (2, False, {"norm_cast": (1, 8, D), "heads_grad_cast": (1, 8, 1, 8)}),
+        (2, True, {"norm_cast": (1, 4, D), "heads_grad_cast": (1, 8, 1, 8)}),
+        (1, False, {"norm_cast": (1, 8, D)}),  # XLA's own for the heads
+    ],
+    ids=["rows and heads", "length", "a key head for two devices"],
+)
+def test_kernels_of_one_device_get_its_part(monkeypatch, groups, sequence_parallel, parts):
+    """A backend that knows no mesh, played by XLA's functions, gives the numbers of XLA's on the mesh, bit by bit."""
+    met = {}
+
+    def noted(name):
+        def run(*arguments):
+            met[name] = arguments[0].shape
+            return getattr(fp8_xla, name)(*arguments)
+
+        return run
+
+    functions = {name: getattr(fp8_xla, name) for name in ("cast", "norm_grad", "outer", "product")}
+    fake = SimpleNamespace(ONE_DEVICE=True, **functions, **{name: noted(name) for name in CASTS})
+    monkeypatch.setattr(fp8, "backend_functions", lambda name: fake if name == "te" else fp8_xla)
+    x, g = 3 * _normal(0, 4, 8, D), 1e-3 * _normal(4, 4, 8, D)
+    kernels = 0.3 * _normal(1, D, 2, F), 0.2 * _normal(2, F, D), 0.3 * _normal(5, D, groups, 2 // groups + 2, 8)
+    norm = (jnp.asarray(1 + 0.1 * _normal(3, D)), 1e-5)
+    angles = rotary_angles(jnp.broadcast_to(jnp.arange(8), (4, 8)), LlmConfig(vocab_size=9, head_dim=8))
+    scales = {tensor: jnp.float32(2 + i) for i, tensor in enumerate(("x", "grad", "kernel"))}
+
+    def step(x, kernels, scales, backend):
+        recipe = dataclasses.replace(DELAYED, backend=backend, sequence_parallel=sequence_parallel)
+
+        def run(x, kernels, scales):
+            x = constrain_stream(x, sequence_parallel)
+            heads = fp8.heads(recipe, x, kernels[2], scales, norm=norm, angles=angles)
+            return fp8.mlp(recipe, x, norm, kernels[:2], (scales, scales)), heads
+
+        y, back = jax.vjp(run, x, kernels, scales)
+        return y, back((g, tuple(1e-3 * part for part in y[1])))
+
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        ours, expected = (jax.jit(step, static_argnums=3)(x, kernels, scales, backend) for backend in ("te", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    assert met == {**parts, "swiglu_cast": (1, 8, 2, F // 2), "swiglu_grad_cast": (1, 8, F // 2)}
 
 
 def test_a_norm_before_a_linear_layer_is_cast_without_rounding():
@@ -309,12 +360,13 @@ def test_transformer_engine_where_it_is_not(monkeypatch):
         fp8.recipe(_config(backend="te"))
     monkeypatch.setattr(te, "problem", lambda: None)
     assert fp8.recipe(_config()).backend == fp8.recipe(_config(backend="te")).backend == "te"
-    assert fp8.recipe(_config(), devices=2).backend == fp8.recipe(_config(backend="xla")).backend == "xla"
-    with pytest.raises(UserError, match="serves one device so far, the mesh has 2"):
-        fp8.recipe(_config(backend="te"), devices=2)
+    assert fp8.recipe(_config(), devices=2).backend == "te"
+    assert fp8.recipe(_config("fp8_current"), devices=2).backend == fp8.recipe(_config(backend="xla")).backend == "xla"
+    with pytest.raises(UserError, match="by current scaling it serves one device, the mesh has 2"):
+        fp8.recipe(_config("fp8_current", backend="te"), devices=2)
     narrow = dataclasses.replace(_config(backend="te").model.llm, intermediate_size=100)
     config = dataclasses.replace(_config(backend="te"), model=ModelConfig(llm=narrow))
-    with pytest.raises(UserError, match="widths that 16 divides, not 4096, 100"):
+    with pytest.raises(UserError, match="widths that 16 divides, not 4096, 100, 4096"):
         fp8.recipe(config)
 
 
