@@ -49,25 +49,33 @@ if [[ $gpus -eq 1 ]]; then
   pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.unroll=1
 else
   # Efficiency needs one GPU of the same machine: two of them at a time, on a card each.
-  CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
-  CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 \
-    --precision fp8_delayed train.remat=none precision.fp8.backend=xla
-  wait
-  trace=$(mktemp -d)
+  fp8=(--precision fp8_delayed train.remat=none)
   sequence=mesh.sequence_parallel=true
-  for precision in bf16 fp8_delayed; do
-    remat=$([[ $precision = bf16 ]] && echo dots || echo none)
-    how=(--tokens 320 --precision "$precision" "train.remat=$remat")
-    for mesh in tensor fsdp data; do pretrain --mesh-shape "$mesh=$gpus" "${how[@]}"; done
-    pretrain --mesh-shape "tensor=$gpus" "${how[@]}" "$sequence"
-  done
+  CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
+  CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
+  wait
+  for mesh in data fsdp tensor; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 "${fp8[@]}"; done
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" "$sequence"
+  # What hides communication.
+  hidden() { pretrain --mesh-shape "fsdp=$gpus" --tokens 320 --layers 16 train.unroll=16; }
+  hidden
+  XLA_FLAGS=--xla_gpu_experimental_parallel_collective_overlap_limit=4 hidden
+  XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false hidden
+  XLA_FLAGS=--xla_gpu_all_gather_combine_threshold_bytes=268435456 hidden
+  finetune --mesh-shape "data=$gpus" --micro-batch 4 train.remat=full mesh.zero1=true
   for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" --micro-batch 4 train.remat=full; done
   finetune --mesh-shape "tensor=$gpus" --micro-batch 4 train.remat=full --precision fp8_delayed
+  for mesh in data tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
+  for mesh in data tensor fsdp; do
+    pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2
+    pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2 "${fp8[@]}"
+  done
+  trace=$(mktemp -d)
   for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
   for mesh in tensor fsdp data; do
     pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100
-    pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64
   done
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "$sequence"
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100 run.seed=1235
   finetune --mesh-shape "tensor=$gpus" --micro-batch 4 --sweep layers=16,20,24,30,32
 fi
