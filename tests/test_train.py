@@ -405,6 +405,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(arrange, start, validated, v
     assert differing(state(run, 4), state(validated, 4)) == []
 
 
+@pytest.mark.thorough  # so does the run of tests/faults/test_checkpoints.py
 def test_a_run_with_dropout_goes_on_bit_for_bit(start, base, sigterm_expected, tmp_path):
     dropout = [f"model.llm.{name}_dropout=0.2" for name in ("hidden", "attention", "ffn")]
     assert start(tmp_path / "whole", *dropout) == 0
@@ -573,6 +574,7 @@ def vanishes(group: int) -> bool:
     return False
 
 
+@pytest.mark.thorough  # tests/faults has each of its parts
 def test_a_process_that_is_killed_and_terminated_ends_like_one_that_is_not(settings, tmp_path):
     """The killed one leaves no worker behind, the terminated one saves the step that is under way."""
     environment = {**os.environ, "XLA_FLAGS": ONE_DEVICE_FLAGS}

@@ -82,6 +82,7 @@ def test_a_run_past_its_limit_is_a_row(capsys):
     ]
 
 
+@pytest.mark.thorough  # tests/training/test_layouts.py has the step
 def test_layouts_see_the_same_losses(monkeypatch):
     """One device with two micro batches, and two devices with one each: the same batches, the same losses."""
     monkeypatch.setattr(steps.jax, "device_count", lambda: 1)

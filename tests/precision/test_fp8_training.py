@@ -121,7 +121,9 @@ def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
         np.testing.assert_allclose(two[name].max(1), one[name].max(1), rtol=0.1)
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "tensor=2", pytest.param("fsdp=2", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "mesh", ["data=2", *(pytest.param(f"{axis}=2", marks=pytest.mark.thorough) for axis in ("tensor", "fsdp"))]
+)
 def test_layouts_agree(start, plain, tmp_path, mesh):
     """Sums in another order round a few values to another FP8 number, so not to 1e-5; the amax is that of all shards:
     of one shard alone it would differ by far more than the bound."""
