@@ -7,6 +7,7 @@ runs the module once for each slice.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -159,18 +160,19 @@ def scan_layers(
     if remat.method == "block" and remat.layers < total:
         first = jax.tree.map(lambda a: a[: remat.layers], slices)
         rest = jax.tree.map(lambda a: a[remat.layers :], slices)
-        x, first_output = jax.lax.scan(_checkpoint(body, remat.policy), x, first, unroll=unroll)
+        again = _checkpoint(body, remat.policy, remat.layers <= unroll)
+        x, first_output = jax.lax.scan(again, x, first, unroll=unroll)
         x, rest_output = jax.lax.scan(body, x, rest, unroll=unroll)
         return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_output, rest_output)
     if remat.method == "uniform" and remat.layers > 1:
         group = remat.layers
         grouped = jax.tree.map(lambda a: a.reshape(total // group, group, *a.shape[1:]), slices)
-        x, output = jax.lax.scan(
-            _checkpoint(lambda x, part: jax.lax.scan(body, x, part, unroll=unroll), remat.policy), x, grouped
-        )
+        whole = partial(jax.lax.scan, body, unroll=unroll)
+        x, output = jax.lax.scan(_checkpoint(whole, remat.policy, group == total), x, grouped)
         return x, jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), output)
-    return jax.lax.scan(_checkpoint(body, remat.policy), x, slices, unroll=unroll)
+    return jax.lax.scan(_checkpoint(body, remat.policy, total <= unroll), x, slices, unroll=unroll)
 
 
-def _checkpoint(body: Callable, policy: str) -> Callable:
-    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+def _checkpoint(body: Callable, policy: str, inlined: bool) -> Callable:
+    """inlined: no loop is left, so XLA would find what is computed again beside the first time, and keep that."""
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=inlined)

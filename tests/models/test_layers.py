@@ -1,6 +1,7 @@
 """Norms, the projector, activations and the scan over layers against NumPy."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -188,13 +189,13 @@ def test_scan_layers_is_a_loop(remat, unroll, count):
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-6)
 
 
-def _tanh_stack(remat):
+def _tanh_stack(remat, unroll=1):
     """A function of scales [4, 64] and x [64]: the sum after four layers, each of two products and two tanh."""
     graphdef, _ = nnx.split(_Affine(nnx.Rngs(1), layers=4))
 
     def run(scales, x):
         stack = nnx.merge(graphdef, {"scale": scales})
-        return jnp.sum(scan_layers(stack, x, remat=remat, call=layer)[0])
+        return jnp.sum(scan_layers(stack, x, remat=remat, unroll=unroll, call=layer)[0])
 
     def layer(module, x, _):
         return jnp.tanh(jnp.tanh(x * module.scale[...]) * module.scale[...]), None
@@ -208,6 +209,19 @@ def test_gradients_do_not_depend_on_remat(remat):
     plain = jax.grad(_tanh_stack(NO_REMAT), argnums=(0, 1))(scales, x)
     for ours, expected in zip(jax.grad(_tanh_stack(remat), argnums=(0, 1))(scales, x), plain, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [Remat("full"), Remat("full", "uniform", 4), Remat("full", "block", 4)], ids=str)
+def test_unrolled_layers_are_recomputed_too(remat):
+    """Without a loop the compiler sees both times side by side, and must not keep what the first one computed."""
+
+    def computed(remat, unroll):
+        gradient = jax.jit(jax.value_and_grad(_tanh_stack(remat, unroll), argnums=(0, 1)))
+        program = gradient.lower(jnp.ones((4, 64)), jnp.ones(64)).compile().as_text()
+        return len(re.findall(r" tanh\(", program))
+
+    assert computed(NO_REMAT, 4) == 8
+    assert computed(remat, 4) > 12
 
 
 def _kept(remat):
