@@ -345,7 +345,11 @@ class TrainConfig:
         "`remat_layers` layers are recomputed, the others keep all (NeMo: activations_checkpoint_method).",
     )
     remat_layers: int = key(1, "See `remat_method` (NeMo: activations_checkpoint_num_layers).")
-    unroll: int = key(1, "Layers per iteration of the scan over layers.")
+    unroll: int = key(
+        1,
+        "Layers per iteration of the scan over layers. All of them: faster, compiled for longer, and `remat: none` "
+        "takes the memory of `dots`.",
+    )
     loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
 
 
