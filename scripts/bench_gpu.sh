@@ -23,33 +23,36 @@ finetune_whole() { XLA_PYTHON_CLIENT_MEM_FRACTION=.96 finetune "$@"; }
 
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
-  fp8=(--precision fp8_delayed train.remat=none)
+  fp8=(--precision fp8_delayed)
   pretrain "${one[@]}" --tokens 320
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --baseline hf
   pretrain "${one[@]}" --tokens 320 --baseline hf_checkpointing
-  finetune_whole "${one[@]}" --pack 3 --micro-batch 3 train.remat=dots
-  finetune_whole "${one[@]}" --pack 3 --micro-batch 3 train.remat=dots --precision fp8_delayed
+  # Rows of 808: FP8's products want a multiple of 16 tokens.
+  for rows in 3 4; do
+    finetune_whole "${one[@]}" --tokens 808 --pack 4 --micro-batch "$rows"
+    finetune_whole "${one[@]}" --tokens 808 --pack 4 --micro-batch "$rows" --precision fp8_delayed
+  done
   finetune "${one[@]}" --baseline hf_checkpointing --micro-batch 8
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}" --data jpeg data.workers=8
   pretrain "${one[@]}" --tokens 345 data.template=llama_2
   pretrain "${one[@]}" --tokens 345 data.template=llama_2 "${fp8[@]}"
-  bench --config "$root/configs/pretrain_13b.yaml" --tokens 345 --micro-batch 16 "${one[@]}" train.unroll=40
-  pretrain "${one[@]}" --tokens 320 --precision fp8_current train.remat=none
+  bench --config "$root/configs/pretrain_13b.yaml" --tokens 345 --micro-batch 16 "${one[@]}"
+  pretrain "${one[@]}" --tokens 320 --precision fp8_current
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}" precision.fp8.backend=xla
   trace=$(mktemp -d)
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}" --profile "$trace"
   pretrain "${one[@]}" --tokens 320 --profile "$trace"
   # What bit-for-bit repetition costs (docs/reliability.md), and the loop without it.
-  pretrain "${one[@]}" --tokens 320 train.unroll=1
-  XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true pretrain "${one[@]}" --tokens 320 train.unroll=1
-  finetune_whole "${one[@]}" --micro-batch 2 train.remat=full --sweep layers=8,16,24,32
+  pretrain "${one[@]}" --tokens 320 train.remat=dots train.unroll=1
+  XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true pretrain "${one[@]}" --tokens 320 train.remat=dots train.unroll=1
+  finetune_whole "${one[@]}" --micro-batch 2 --sweep layers=8,16,24,32
   pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 train.loss_chunk=512 train.unroll=8
   pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
-  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.unroll=1
+  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
 else
   # Efficiency needs one GPU of the same machine: two of them at a time, on a card each.
-  fp8=(--precision fp8_delayed train.remat=none)
+  fp8=(--precision fp8_delayed)
   sequence=mesh.sequence_parallel=true
   CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
   CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
@@ -62,9 +65,9 @@ else
   XLA_FLAGS=--xla_gpu_experimental_parallel_collective_overlap_limit=4 hidden
   XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false hidden
   XLA_FLAGS=--xla_gpu_all_gather_combine_threshold_bytes=268435456 hidden
-  finetune --mesh-shape "data=$gpus" --micro-batch 4 train.remat=full mesh.zero1=true
-  for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" --micro-batch 4 train.remat=full; done
-  finetune --mesh-shape "tensor=$gpus" --micro-batch 4 train.remat=full --precision fp8_delayed
+  finetune --mesh-shape "data=$gpus" --micro-batch 4 mesh.zero1=true
+  for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" --micro-batch 4; done
+  finetune --mesh-shape "tensor=$gpus" --micro-batch 4 --precision fp8_delayed
   for mesh in data tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
   for mesh in data tensor fsdp; do
     pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2
