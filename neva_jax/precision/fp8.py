@@ -194,7 +194,7 @@ def compiler_options(recipe: Recipe | None, unroll: int) -> dict[str, Any] | Non
 
 
 def describe(config: Config, devices: int, stored: bool) -> str:
-    """One line for the run's log: backend and why, scaling, layers, frozen weights."""
+    """One line for the run's log: backend and why, scaling, layers, frozen weights, and a shape that costs copies."""
     fp8, llm = config.precision.fp8, config.model.llm
     backend, why = choose_backend(fp8, config, devices)
     scaling = "current scaling"
@@ -203,9 +203,16 @@ def describe(config: Config, devices: int, stored: bool) -> str:
     kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
     layers = f"{fp8.layers} linear layers" if fp8.layers == "all" else f"linear layers of the {fp8.layers}"
     weights = ("quantized once" if stored else "quantized in every step") if llm.freeze else "trained"
+    rows, length = config.train.micro_batch, config.data.max_length
+    padded = ""
+    if rows * length % 16:
+        padded = (
+            f"; each product is padded and cut, because {rows} rows of {length} tokens are no multiple of 16: "
+            f"data.max_length={-(-length // 16) * 16} would be one"
+        )
     return (
         f"fp8: {backend} backend ({why}), {fp8.format}, {scaling}, {layers} of {llm.num_layers - kept} of "
-        f"{llm.num_layers} layers, weights {weights}{', vision encoder too' if fp8.vision else ''}"
+        f"{llm.num_layers} layers, weights {weights}{', vision encoder too' if fp8.vision else ''}{padded}"
     )
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
+from neva_jax.config import Config, DataConfig, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
 from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
 from neva_jax.models.rotary import rotary_angles, split_rotated
@@ -385,3 +385,9 @@ def test_what_the_log_says():
         "margin 0), linear layers of the mlp of 7 of 8 layers, weights quantized once"
     )
     assert fp8.describe(_config("fp8_current", freeze=False), 1, False).endswith("weights trained")
+    odd = dataclasses.replace(
+        _config(), data=DataConfig(max_length=2418), train=TrainConfig(micro_batch=3, global_batch=3)
+    )
+    assert fp8.describe(odd, 1, True).endswith(
+        "3 rows of 2418 tokens are no multiple of 16: data.max_length=2432 would be one"
+    )
