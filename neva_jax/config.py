@@ -348,7 +348,7 @@ class TrainConfig:
     unroll: int = key(
         1,
         "Layers per iteration of the scan over layers. All of them: faster, compiled for longer, and `remat: none` "
-        "takes the memory of `dots`.",
+        "takes what `dots` takes in a loop.",
     )
     loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
 

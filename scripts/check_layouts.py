@@ -9,9 +9,9 @@
     moved       data's checkpoint after a third of the steps goes on with tensor=2, and its last with one device
 
 All steps are one micro batch, so that FP8's history has the same entries. Losses of different layouts differ by their
-rounding; `seed` says what another seed of the data's order does. The exit status is 0 where `processes` agrees and no
-loss is further off than --bound. With --cpu the devices are made up. With --jobs several runs share the devices: on
-GPUs XLA_PYTHON_CLIENT_MEM_FRACTION then says each one's part of their memory.
+rounding; `seed` says what another seed (of the data's order, and of weights that are drawn) does. The exit status is 0
+where `processes` agrees and no loss is further off than --bound. With --cpu the devices are made up. With --jobs
+several runs share the devices: on GPUs XLA_PYTHON_CLIENT_MEM_FRACTION then says each one's part of their memory.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
 
     def run(name: str, mesh: str, *more: str, processes: int = 1) -> list[dict[str, Any]]:
         """Trains; returns the rows of its metrics that have a loss."""
-        groups = 1 if "data" not in mesh and "fsdp" not in mesh else 2
+        groups = 2 if mesh in ("data=2", "fsdp=2") else 1
         command = [sys.executable, "-m", "neva_jax.train", "--config", options.config, *options.overrides]
         command += [f"run.dir={options.dir / name}", f"mesh.shape={mesh}", f"train.micro_batch={batch // groups}"]
         command += [f"checkpoint.every={steps // 3}", "checkpoint.keep=3", "log.every=1", *more]
@@ -88,9 +88,9 @@ def main() -> int:
         }
         losses = {"data": started["data"].result()}
         move("data", steps // 3, "moved_tensor")
-        losses["moved_tensor"] = run("moved_tensor", "tensor=2")
+        losses["moved_tensor"] = pool.submit(run, "moved_tensor", "tensor=2").result()
         move("moved_tensor", 2 * steps // 3, "moved_one")
-        losses["moved_one"] = run("moved_one", "data=1")
+        losses["moved_one"] = pool.submit(run, "moved_one", "data=1").result()
         losses |= {name: rows.result() for name, rows in started.items()}
 
     last = [arrays(options.dir / name / "checkpoints" / str(steps) / "state") for name in ("data", "processes")]

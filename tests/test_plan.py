@@ -85,7 +85,7 @@ def test_a_knob_saves_what_it_says(planned):
     for knob in values["knobs"]:
         if knob["changes"].startswith("twice"):
             continue
-        after = json.loads(planned(*PRETRAIN, "--json", knob["override"]))
+        after = json.loads(planned(*PRETRAIN, "--json", *knob["override"].split()))
         assert values["memory"]["total"] - after["memory"]["total"] == knob["saved"], knob
 
 

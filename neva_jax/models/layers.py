@@ -160,7 +160,7 @@ def scan_layers(
     if remat.method == "block" and remat.layers < total:
         first = jax.tree.map(lambda a: a[: remat.layers], slices)
         rest = jax.tree.map(lambda a: a[remat.layers :], slices)
-        again = _checkpoint(body, remat.policy, remat.layers <= unroll)
+        again = _checkpoint(body, remat.policy, _dissolves(remat.layers, unroll))
         x, first_output = jax.lax.scan(again, x, first, unroll=unroll)
         x, rest_output = jax.lax.scan(body, x, rest, unroll=unroll)
         return x, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first_output, rest_output)
@@ -168,11 +168,16 @@ def scan_layers(
         group = remat.layers
         grouped = jax.tree.map(lambda a: a.reshape(total // group, group, *a.shape[1:]), slices)
         whole = partial(jax.lax.scan, body, unroll=unroll)
-        x, output = jax.lax.scan(_checkpoint(whole, remat.policy, group == total), x, grouped)
+        x, output = jax.lax.scan(_checkpoint(whole, remat.policy, _dissolves(total // group, 1)), x, grouped)
         return x, jax.tree.map(lambda a: a.reshape(total, *a.shape[2:]), output)
-    return jax.lax.scan(_checkpoint(body, remat.policy, total <= unroll), x, slices, unroll=unroll)
+    return jax.lax.scan(_checkpoint(body, remat.policy, _dissolves(total, unroll)), x, slices, unroll=unroll)
 
 
-def _checkpoint(body: Callable, policy: str, inlined: bool) -> Callable:
-    """inlined: no loop is left, so XLA would find what is computed again beside the first time, and keep that."""
-    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=inlined)
+def _checkpoint(body: Callable, policy: str, dissolves: bool) -> Callable:
+    """dissolves: XLA would find what is computed again beside the first time, and keep that."""
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=dissolves)
+
+
+def _dissolves(length: int, unroll: int) -> bool:
+    """Whether iterations of a scan come to stand outside its loop: one trip is no loop, a remainder is beside it."""
+    return length < 2 * unroll or length % unroll > 0

@@ -6,7 +6,7 @@ each dimension lives; changing a layout means changing a line here.
     mesh axis   what it splits
     data        rows of the batch; parameters are copies (their moments may be split: `zero1`)
     fsdp        rows of the batch, and the embedding dimension of parameters
-    tensor      heads, MLP width and vocabulary; with sequence parallelism the residual stream's length too
+    tensor      heads, MLP width and vocabulary; with sequence parallelism the residual stream's rows (or length) too
 
 `data` is outermost: its groups lie on different hosts where there are several, and those of `tensor` on one. Which
 collectives follow from the table is written down, layout by layout, in docs/parallelism.md.

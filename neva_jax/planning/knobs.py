@@ -55,8 +55,10 @@ def _candidates(plan: Estimate) -> Iterator[tuple[Config, dict[str, int], str, s
         shown = " ".join(f"{section}.{name}={str(value).lower()}" for name, value in values.items())
         return changed, sizes, shown, changes
 
+    # Unrolled layers that are recomputed save less, if anything: XLA keeps little of them anyway.
+    loop = {"unroll": 1} if train.unroll >= config.model.llm.num_layers else {}
     for policy in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[train.remat]:
-        yield change("train", remat=policy)
+        yield change("train", remat=policy, **loop)
     if train.remat != "none" and train.remat_method == "block":
         yield change("train", remat_method="uniform", remat_layers=1)
     elif train.remat != "none" and train.remat_layers > 1:

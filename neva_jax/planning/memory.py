@@ -130,8 +130,8 @@ def local_bytes(tree: Any) -> int:
 class _Share:
     """What the fsdp axis and sequence parallelism leave of a traced program on one device.
 
-    Copies of weights that are kept stay spread over fsdp; a residual stream [.., B, T, D] is split along T. The head's
-    copy of the loss (training.loss) is gathered under fsdp, and otherwise the parameter itself.
+    Copies of weights that are kept stay spread over fsdp; a residual stream [.., B, T, D] is split along B or T. The
+    head's copy of the loss (training.loss) is gathered under fsdp, and otherwise the parameter itself.
     """
 
     config: Config

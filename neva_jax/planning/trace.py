@@ -149,8 +149,8 @@ def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Par
     """(graph definition, trained parameters, frozen parameters) as shapes, as `training.setup.abstract_parameters`."""
     train = config.train
     # Where no loop stacks what is kept, XLA keeps the products' results and computes what is cheap again by itself.
-    policy = "dots" if train.remat == "none" and train.unroll >= config.model.llm.num_layers else train.remat
-    remat = Remat(policy, train.remat_method, train.remat_layers)
+    dissolved = train.remat == "none" and train.unroll >= config.model.llm.num_layers
+    remat = Remat("dots") if dissolved else Remat(train.remat, train.remat_method, train.remat_layers)
     # `xla` is the one backend that a machine without GPU makes a model for.
     model_config = dataclasses.replace(config.model, attention="xla")
     model = nnx.merge(*abstract_model(model_config, config.precision, remat, train.unroll))

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from neva_jax.config import Config, Fp8Config
-from neva_jax.derived import head_dim, kv_heads, parse_mesh_shape
+from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.models.rotary import split_rotated
 from neva_jax.parallel.mesh import constrain, constrain_stream, divides, spec, stream_axes
@@ -58,7 +58,7 @@ class Recipe:
     stored: the frozen language model's kernels are held in FP8.
     apart: each layer's stored kernels are parameters of their own, not slices of a stack, out of which XLA would copy
       them before each product.
-    sequence_parallel: of the residual stream, where a norm's gradient is taken.
+    sequence_parallel: of the residual stream, where norms and their gradients are taken.
     vision: the encoder's too, always by current scaling: nothing flows back through it, which would carry a state.
     """
 
@@ -163,11 +163,10 @@ def _te_problem(config: Config, devices: int) -> str | None:
         return f"Transformer Engine needs a GPU, here is {target_devices()[0].platform}"
     if devices > 1 and config.precision.compute == "fp8_current":
         return f"by current scaling it serves one device, the mesh has {devices}"
-    llm, tensor = config.model.llm, parse_mesh_shape(config.mesh.shape, devices)["tensor"]
-    split = (llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
-    widths = (llm.hidden_size, *(width / tensor for width in split))
+    llm = config.model.llm
+    widths = (llm.hidden_size, llm.intermediate_size, llm.num_heads * head_dim(llm), kv_heads(llm) * head_dim(llm))
     if any(width % 16 for width in widths):
-        return f"its kernels need widths that 16 divides, not {', '.join(f'{width:g}' for width in widths)}"
+        return f"its kernels need widths that 16 divides, not {', '.join(map(str, widths))}"
     from neva_jax.precision.te import problem
 
     return problem()
@@ -291,16 +290,15 @@ def _met(scales: Scales, amax: dict[str, Any]) -> Scales:
     return {tensor: amax[tensor] for tensor in scales}
 
 
-def _by_part(call: _Call, cast: Callable, arguments: tuple[tuple, Any], axes: tuple, out: tuple) -> Any:
+def _by_part(call: _Call, cast: Callable, arrays: tuple, scale: jax.Array | None, axes: tuple, out: tuple) -> Any:
     """`cast(ops, *arrays, scale)`, by each device for its part of the arrays where a backend's kernels know no mesh.
 
-    The largest value is that of all parts. Where the mesh does not split all arrays evenly it is plain XLA's.
+    The largest value is that of all parts. Where the mesh does not split all arrays evenly, or the scale would come
+    from the arrays (None), it is plain XLA's.
 
     Args:
-      arguments: (arrays, scale).
       axes, out: logical axes of the arrays, and of the values that come back.
     """
-    arrays, scale = arguments
     mesh = jax.sharding.get_abstract_mesh()
     if not call.ops.ONE_DEVICE or mesh.empty or mesh.size == 1:
         return cast(call.ops, *arrays, scale)
@@ -388,7 +386,8 @@ def _first_product(
         cast = _by_part(
             call,
             lambda ops, x, gamma, scale: ops.norm_cast(x, gamma, call.eps, scale, jnp.float8_e4m3fn),
-            ((x, gamma), scale),
+            (x, gamma),
+            scale,
             (stream, ("norm",)),
             stream,
         )
@@ -444,7 +443,8 @@ def _heads_backward(call: _Call, kept: Any, g: tuple[jax.Array, ...]) -> tuple[A
     cast = _by_part(
         call,
         lambda ops, *arrays: ops.heads_grad_cast(*arrays, call.recipe.gradient),
-        ((*g, *angles), kept[-1].get("grad")),
+        (*g, *angles),
+        kept[-1].get("grad"),
         (HEADS, KV_HEADS, KV_HEADS, positions, positions),
         ("batch", "length", "kv_heads", None, "head_dim"),
     )
@@ -486,7 +486,8 @@ def _mlp_forward(call: _Call, x: jax.Array, gamma: jax.Array, kernels: Any, scal
     inner = _by_part(
         call,
         lambda ops, *arrays: ops.swiglu_cast(*arrays, jnp.float8_e4m3fn),
-        ((halves,), scales[1].get("x")),
+        (halves,),
+        scales[1].get("x"),
         (HALVES,),
         MLP,
     )
@@ -507,7 +508,8 @@ def _mlp_backward(call: _Call, kept: Any, g: jax.Array) -> tuple[Any, ...]:
     inner = _by_part(
         call,
         lambda ops, *arrays: ops.swiglu_grad_cast(*arrays, gradient),
-        ((dinner, halves), scales[0].get("grad")),
+        (dinner, halves),
+        scales[0].get("grad"),
         (MLP, HALVES),
         HALVES,
     )

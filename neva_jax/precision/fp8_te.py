@@ -74,6 +74,8 @@ def heads_grad_cast(
 
 def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
     """See `fp8_xla.swiglu_cast`."""
+    if halves.shape[-1] % 16:  # of a device's part
+        return fp8_xla.swiglu_cast(halves, scale, dtype)
     quantizer = _quantizer(scale, dtype)
     rows = halves.reshape(-1, *halves.shape[-2:])
     with global_shard_guard(NO_MESH):
@@ -83,6 +85,8 @@ def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
 
 def swiglu_grad_cast(dy: jax.Array, halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
     """See `fp8_xla.swiglu_grad_cast`."""
+    if halves.shape[-1] % 16:
+        return fp8_xla.swiglu_grad_cast(dy, halves, scale, dtype)
     quantizer = _quantizer(scale, dtype)
     rows = halves.reshape(-1, *halves.shape[-2:])
     with global_shard_guard(NO_MESH):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from neva_jax.models.rotary import join_rotated_back
 from neva_jax.parallel.target import target_devices
 
-ONE_DEVICE = False  # kernels that know no mesh
+ONE_DEVICE = False  # whether its kernels know no mesh
 
 
 class Cast(NamedTuple):

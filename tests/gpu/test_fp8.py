@@ -15,7 +15,7 @@ import pytest
 from neva_jax.config import LlmConfig
 from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.parallel.mesh import constrain_stream, make_mesh
-from neva_jax.precision import fp8, te
+from neva_jax.precision import fp8, fp8_pallas, te
 
 BACKENDS = ("xla", "te")
 B, T, D, F, H, K = 4, 128, 256, 512, 4, 64
@@ -109,6 +109,15 @@ def test_heads(backend, delayed):
         met = 57344 / float(state["qkv"]["grad"]["scale"][0])
         largest = max(float(jnp.max(jnp.abs(part.astype(jnp.float32)))) for part in g)
         assert largest / 1.5 < met < largest * 1.42
+
+
+def test_what_is_no_number_stays_none():
+    """Our kernel must not hide from the run's guard what attention's gradient got wrong."""
+    dq, dk, dv = (_normal(i, 1, 64, 2, 64).at[0, 5, 1, 3].set(jnp.nan) for i in range(3))
+    cos, sin = jnp.ones((1, 64, 32)), jnp.zeros((1, 64, 32))
+    cast = jax.jit(fp8_pallas.heads_grad_cast, static_argnums=6)
+    values = cast(dq, dk, dv, cos, sin, jnp.float32(100), jnp.float8_e5m2).values
+    assert int(jnp.isnan(values.astype(jnp.float32)).sum()) == 5
 
 
 def _mlp(arguments):

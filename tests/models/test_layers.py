@@ -221,7 +221,9 @@ def test_unrolled_layers_are_recomputed_too(remat):
         return len(re.findall(r" tanh\(", program))
 
     assert computed(NO_REMAT, 4) == 8
-    assert computed(remat, 4) > 12
+    assert computed(remat, 4) == 16
+    if remat.layers == 1:
+        assert computed(remat, 3) > 12  # one in a loop that runs once, and one beside it
 
 
 def _kept(remat):

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.precision import fp8_pallas
+from neva_jax.precision import fp8_pallas, fp8_xla
 
 B, T, G, K = 2, 96, 3, 32  # 192 tokens: three programs
 
@@ -45,6 +45,20 @@ def test_gradients_of_heads_are_rotated_back_joined_and_cast(queries, dtype):
     assert np.any(np.abs(joined * scale) > top) == (dtype == ml_dtypes.float8_e4m3fn)
     np.testing.assert_allclose(cast.amax, np.abs(joined).max(), rtol=1e-6)
     assert float(cast.inverse) == np.float32(1) / scale
+
+
+@pytest.mark.parametrize("tokens", [96, 80])  # blocks of 32 and of 16
+def test_smaller_blocks_and_what_is_no_number(tokens):
+    parts, cos, sin = _gradients(1)
+    dq, dk, dv = (part[:1, :tokens].at[0, 5, 1, 3].set(jnp.nan) for part in parts)
+    arguments = (dq, dk, dv, cos[:1, :tokens], sin[:1, :tokens], jnp.float32(100))
+    ours = fp8_pallas.heads_grad_cast(*arguments, jnp.float8_e5m2, interpret=True)
+    theirs = fp8_xla.heads_grad_cast(*arguments, jnp.float8_e5m2)
+    bad = np.isnan(np.asarray(theirs.values, np.float32))
+    assert bad.sum() == 5  # two channels of q and of k are mixed, one of v is not
+    np.testing.assert_array_equal(np.isnan(np.asarray(ours.values, np.float32)), bad)
+    # XLA rounds to bf16 between rotation and cast.
+    np.testing.assert_allclose(*(np.asarray(cast.values, np.float32)[~bad] for cast in (ours, theirs)), rtol=0.26)
 
 
 def test_shapes_that_the_kernel_does_not_serve():
