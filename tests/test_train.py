@@ -389,7 +389,7 @@ def validated(once, validation) -> Path:
     return once("validated", *validation, "eval.every=3")
 
 
-@pytest.mark.parametrize("arrange", [sigterm_before_data, sigterm_after_loss])
+@pytest.mark.parametrize("arrange", [sigterm_before_data, pytest.param(sigterm_after_loss, marks=pytest.mark.thorough)])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(arrange, start, validated, validation, sigterm_expected, tmp_path):
     run, settings = tmp_path / "run", [*validation, "eval.every=3"]
     with pytest.MonkeyPatch.context() as patch:

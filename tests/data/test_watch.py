@@ -206,7 +206,11 @@ SIGNAL_AFTER_STEP_1 = """
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("SIGKILL", "was killed by SIGKILL"),
+        pytest.param(
+            "SIGKILL",
+            "was killed by SIGKILL",
+            marks=pytest.mark.thorough,  # above, without the run around it
+        ),
         pytest.param(
             "SIGSTOP",
             "no batch for data.worker_timeout=2 seconds: data worker 0 of 1",

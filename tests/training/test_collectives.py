@@ -15,7 +15,7 @@ import pytest
 
 from neva_jax.planning.collectives import Collective, collectives
 from tests.training.layouts import CHUNK, LAYERS, LENGTH, MODEL, ROWS, VOCAB, WIDTH, Layout, prepare
-from tests.training.test_layouts import LAYOUTS, name_of
+from tests.training.test_layouts import LAYOUTS, cases, name_of
 
 L, T, D, V, C = LAYERS, LENGTH, WIDTH, VOCAB, CHUNK
 F, N = MODEL.llm.intermediate_size, LENGTH // CHUNK
@@ -156,7 +156,7 @@ def test_sequence_parallel_gathers_before_and_scatters_after_attention_and_mlp()
 # --- all layouts -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", cases(LAYOUTS), ids=name_of)
 def test_nothing_moves_that_no_layout_needs(layout):
     """No shuffling of shards, no logits, no embedding, and nothing over devices that are no axis of the mesh."""
     found, groups = of(layout), ROWS // layout.config.train.micro_batch // layout.accumulate

@@ -32,6 +32,16 @@ PACKED_LAYOUTS = [
     Layout("tensor=8", packed=True, sequence_parallel=True),
     Layout("data=2,fsdp=2,tensor=2", packed=True, sequence_parallel=True, accumulate=2),
 ]
+# With --thorough: each of their axes and settings is in another one too.
+THOROUGH = [
+    *(Layout("data=8"), Layout("data=2,fsdp=2,tensor=2"), Layout("data=8", "pretrain"), Layout("fsdp=8", "pretrain")),
+    *(Layout("data=8", packed=True), Layout("fsdp=8", packed=True)),
+]
+
+
+def cases(layouts: list[Layout]) -> list:
+    """Layouts as parameters, some of them for --thorough alone."""
+    return [pytest.param(layout, marks=pytest.mark.thorough) if layout in THOROUGH else layout for layout in layouts]
 
 
 def name_of(layout: Layout) -> str:
@@ -57,7 +67,7 @@ def relative_errors(ours: dict, theirs: dict) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS + PACKED_LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", cases(LAYOUTS + PACKED_LAYOUTS), ids=name_of)
 def test_twenty_steps_are_the_same_on_every_layout(layout):
     reference, expected = trained(Layout("data=1", layout.stage))
     params, losses = trained(layout)
