@@ -22,6 +22,11 @@ def most_segments(data: DataConfig) -> int:
     return data.segments_per_row + 1 if data.pack else 1
 
 
+def all_unrolled(config: Config) -> bool:
+    """Whether the language model's layers follow one another without a loop."""
+    return config.train.unroll >= config.model.llm.num_layers
+
+
 def image_tokens(model: ModelConfig) -> int:
     """P, the number of tokens that one tile takes: its grid, and the class token where it is kept."""
     return token_grid(model) ** 2 + (model.vision.select_feature == "cls_patch")

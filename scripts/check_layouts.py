@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from check_resume import arrays, metrics, same
+from check_resume import arrays, differing, metrics
 
 from neva_jax.benchmarks.conditions import conditions
 from neva_jax.configfile import load_config
@@ -94,7 +94,7 @@ def main() -> int:
         losses |= {name: rows.result() for name, rows in started.items()}
 
     last = [arrays(options.dir / name / "checkpoints" / str(steps) / "state") for name in ("data", "processes")]
-    different = sorted(name for name in last[0].keys() | last[1].keys() if not same(*(s.get(name) for s in last)))
+    different = differing(*last)
     whole = {row["step"]: row["loss"] for row in losses["data"]}
     off = {
         name: max(abs(row["loss"] / whole[row["step"]] - 1) for row in rows)

@@ -70,7 +70,7 @@ def main() -> int:
     rows = [[{k: v for k, v in row.items() if k not in TIMED} for row in metrics(run)] for run in (whole, killed)]
     last = steps_in(whole / "checkpoints")[-1]
     saved = [arrays(run / "checkpoints" / str(last) / "state") for run in (whole, killed)]
-    different = sorted(name for name in saved[0].keys() | saved[1].keys() if not same(*(s.get(name) for s in saved)))
+    different = differing(*saved)
     rates = [row["samples_per_s"] for row in metrics(whole) if "samples_per_s" in row]
     line = {
         "bench": "resume",
@@ -105,6 +105,11 @@ def arrays(state_dir: Path) -> dict[str, np.ndarray]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         saved = checkpointer.restore(state_dir.resolve(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+
+def differing(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
+    """The names of the arrays whose bits differ, or that only one state has."""
+    return sorted(name for name in a.keys() | b.keys() if not same(a.get(name), b.get(name)))
 
 
 def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:

@@ -92,7 +92,8 @@ def memory(rows: list[Row]) -> str:
     groups = sorted({_memory_group(row) for row in fits}) or [None]
     for group in groups:
         here = {row["layers"] for row in fits if _memory_group(row) == group}
-        for layers in sorted(here | set(WORKFLOW_MEMORY) if len(here) != 1 else here):
+        shown = here if len(here) == 1 else here | set(WORKFLOW_MEMORY)  # one size is not set beside a curve
+        for layers in sorted(shown):
             theirs = WORKFLOW_MEMORY.get(layers, "–")
             found = [row for row in fits if _memory_group(row) == group and row["layers"] == layers]
             measured = [row["peak_gib"] for row in found if row.get("peak_gib")]
@@ -149,10 +150,9 @@ def losses(rows: list[Row]) -> str:
     """Final losses of several runs, against the bf16 one on the fewest GPUs."""
     lines = []
     for name, group in curves(rows).items():
-        group = sorted(group, key=lambda row: (row["seed"], kind(row) != "bf16", row["gpus"], label(row)))
-        reference = group[0]
+        wanted = final_loss(group[0])
         for row in group:
-            last, wanted = final_loss(row), final_loss(reference)
+            last = final_loss(row)
             lines.append([*name, label(row), len(row["losses"]), f"{last:.4f}", f"{100 * (last / wanted - 1):+.2f} %"])
     head = "card | stage | model | tokens | run | steps | final loss | against the first"
     return _table(head, lines or [[NOT_MEASURED, *[""] * 7]])
@@ -259,13 +259,20 @@ def sweeps(rows: Iterable[Row]) -> dict[tuple[str, ...], list[tuple[float, Row]]
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """(card, stage, model, tokens) -> its runs, where there are several; those of one seed see the same data."""
+    """(card, stage, model, tokens) -> its runs, where there are several; those of one seed see the same data.
+
+    Seed by seed, the bf16 run on the fewest GPUs first.
+    """
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in ours(rows):
         if len(row.get("losses", ())) >= CURVE:
             key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}")
             found.setdefault(key, []).append(row)
-    return {key: sorted(group, key=label) for key, group in sorted(found.items()) if len(group) > 1}
+
+    def order(row: Row) -> tuple[Any, ...]:
+        return row["seed"], kind(row) != "bf16", row["gpus"], label(row)
+
+    return {key: sorted(group, key=order) for key, group in sorted(found.items()) if len(group) > 1}
 
 
 def final_loss(row: Row) -> float:

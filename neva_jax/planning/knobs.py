@@ -8,7 +8,7 @@ from typing import Any
 from neva_jax.checks import check_numbers
 from neva_jax.config import Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import frozen_components, image_tokens
+from neva_jax.derived import all_unrolled, frozen_components, image_tokens
 from neva_jax.errors import UserError
 from neva_jax.planning.memory import Estimate, estimate
 from neva_jax.planning.speed import Machine, predict
@@ -56,7 +56,7 @@ def _candidates(plan: Estimate) -> Iterator[tuple[Config, dict[str, int], str, s
         return changed, sizes, shown, changes
 
     # Unrolled layers that are recomputed save less, if anything: XLA keeps little of them anyway.
-    loop = {"unroll": 1} if train.unroll >= config.model.llm.num_layers else {}
+    loop = {"unroll": 1} if all_unrolled(config) else {}
     for policy in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[train.remat]:
         yield change("train", remat=policy, **loop)
     if train.remat != "none" and train.remat_method == "block":

@@ -19,7 +19,15 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from neva_jax.config import MESH_AXES, Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import dropout_seed, frozen_components, head_dim, kv_heads, padded_vocab, trained_components
+from neva_jax.derived import (
+    all_unrolled,
+    dropout_seed,
+    frozen_components,
+    head_dim,
+    kv_heads,
+    padded_vocab,
+    trained_components,
+)
 from neva_jax.errors import UserError
 from neva_jax.models import layers
 from neva_jax.models.attention import Backends
@@ -149,7 +157,7 @@ def _model(config: Config, backend: str, tensor: int) -> tuple[nnx.GraphDef, Par
     """(graph definition, trained parameters, frozen parameters) as shapes, as `training.setup.abstract_parameters`."""
     train = config.train
     # Where no loop stacks what is kept, XLA keeps the products' results and computes what is cheap again by itself.
-    dissolved = train.remat == "none" and train.unroll >= config.model.llm.num_layers
+    dissolved = train.remat == "none" and all_unrolled(config)
     remat = Remat("dots") if dissolved else Remat(train.remat, train.remat_method, train.remat_layers)
     # `xla` is the one backend that a machine without GPU makes a model for.
     model_config = dataclasses.replace(config.model, attention="xla")

@@ -51,8 +51,8 @@ def heads_grad_cast(
     def kernel(scale_ref, cos_ref, sin_ref, q_ref, k_ref, v_ref, out_ref, amax_ref):
         scale, cos, sin = scale_ref[0], cos_ref[...], sin_ref[...]  # [block, K/2]
         most = jnp.zeros((block, half), jnp.float32)
-        heads = [(q_ref, r) for r in range(queries)] + [(k_ref, 0), (v_ref, 0)]
-        for place, (ref, head) in enumerate(heads):
+        parts = [(q_ref, r) for r in range(queries)] + [(k_ref, 0), (v_ref, 0)]
+        for place, (ref, head) in enumerate(parts):
             first = ref[:, head, :half].astype(jnp.float32)
             second = ref[:, head, half:].astype(jnp.float32)
             if ref is not v_ref:

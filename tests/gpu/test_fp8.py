@@ -60,7 +60,7 @@ def _reference(function, arguments, g):
     arguments = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
     with jax.default_matmul_precision("highest"):
         y, back = jax.vjp(function, arguments)
-        return y, back(g.astype(jnp.float32))[0]
+        return y, back(jax.tree.map(lambda x: x.astype(jnp.float32), g))[0]
 
 
 @pytest.mark.parametrize("gradient", [jnp.float8_e5m2, jnp.float8_e4m3fn], ids=["hybrid", "e4m3"])
@@ -81,10 +81,8 @@ def test_linear(backend, delayed, gradient):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_heads(backend, delayed):
     """Two groups of a key, a value and two query heads; backend `te` has our Pallas kernel for delayed scaling."""
-    recipe, g = (
-        _recipe(backend, delayed),
-        tuple(_normal(i, B, T, heads, K) * 1e-3 for i, heads in ((5, 4), (6, 2), (7, 2))),
-    )
+    recipe = _recipe(backend, delayed)
+    g = tuple(_normal(i, B, T, heads, K) * 1e-3 for i, heads in ((5, 4), (6, 2), (7, 2)))
     arguments = (3 * _normal(0, B, T, D), 1 + 0.1 * _normal(3, D), _normal(1, D, 2, 4, K) * 0.06)
     angles = rotary_angles(jnp.broadcast_to(jnp.arange(T), (B, T)), LlmConfig(vocab_size=9, head_dim=K))
 
@@ -96,10 +94,7 @@ def test_heads(backend, delayed):
         return split_rotated(jnp.einsum("btd,dgrk->btgrk", y, a[2]), *angles)
 
     y, gradients, state = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
-    fp32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)  # noqa: E731
-    with jax.default_matmul_precision("highest"):
-        expected, back = jax.vjp(reference, fp32(arguments))
-        expected_gradients = back(fp32(g))[0]
+    expected, expected_gradients = _reference(reference, arguments, g)
     for ours, theirs in zip(y, expected, strict=True):
         assert _off(ours, theirs) < FORWARD
     for ours, theirs in zip(gradients, expected_gradients, strict=True):

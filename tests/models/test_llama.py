@@ -258,17 +258,14 @@ def test_scaled_output_projections_start_smaller(scaled):
             np.testing.assert_allclose(np.std(leaf), std, rtol=0.1, err_msg=str(name))
 
 
-def _llm(**settings):
-    return LlmConfig(**{"vocab_size": 9, "hidden_size": 24, "num_heads": 2, "head_dim": 12, **settings})
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_logits_are_fp32_and_their_gradient_is_rounded_as_that_of_other_products(dtype):
     """Two copies of the head, each for rows of its own."""
     draw = np.random.default_rng(6)
     hidden, heads = (jnp.asarray(draw.standard_normal(shape), dtype) for shape in ((2, 5, 24), (2, 24, 9)))
     g = jnp.asarray(draw.standard_normal((2, 5, 9)), jnp.float32)
-    model = Llama(nnx.Rngs(0), _llm(num_layers=1, intermediate_size=8), dtype)
+    config = LlmConfig(vocab_size=9, hidden_size=24, num_layers=1, num_heads=2, head_dim=12, intermediate_size=8)
+    model = Llama(nnx.Rngs(0), config, dtype)
     logits, back = jax.vjp(model.logits, hidden, heads)
     assert logits.dtype == jnp.float32
     exact = [np.asarray(x, np.float64) for x in (hidden, heads, g.astype(dtype))]
