@@ -34,6 +34,7 @@ from neva_jax.training import ema
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
 from neva_jax.training.disk import probe
 from neva_jax.training.guard import Guard, Rollback, guard_state
+from neva_jax.training.host_memory import allow_large_saves
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_ranges(config)
         print(to_yaml(config) + derived_comment(config), end="")
         return 0
+    allow_large_saves()
     with connected(options) as peers:
         config = load_config(options.config, overrides)
         check(config)

@@ -1,12 +1,13 @@
 """Trains one model in several precisions from one checkpoint, on the same batches, and compares the losses.
 
 python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf16,fp8_delayed,fp8_current]
-    [--seeds 1,2,3] [--runs DIR] [--limit SECONDS] [section.key=value ...]
+    [--seeds 1,2,3] [--jobs N] [--runs DIR] [--limit SECONDS] [section.key=value ...]
 
 A first run of `WARM_STEPS` in the first recipe makes the checkpoint that all start from (model.init_from). Then each
 recipe trains with each seed (of the data order) for `train.steps`. One JSON line for each run: its losses, the mean of
 the last LAST of them, its validation loss, and both relative to the first recipe's with the same seed. The task is
-configs/precision_300m.yaml's; it needs the quickstart's data and tokenizer.
+configs/precision_300m.yaml's; it needs the quickstart's data and tokenizer. With --jobs several runs share the GPU:
+XLA_PYTHON_CLIENT_MEM_FRACTION then says each one's part of its memory. The exit status is 1 where a run failed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
         label = f"{line['recipe']}, seed {line['seed']}"
         losses = smooth(line["losses"])
         above.plot(losses, linewidth=1, label=label)
-        if line["recipe"] != lines[0]["recipe"]:
+        if line["recipe"] != lines[0]["recipe"] and line["seed"] in first:
             pairs = zip(losses, first[line["seed"]], strict=False)
             below.plot([100 * (ours / theirs - 1) for ours, theirs in pairs], linewidth=1, label=label)
     above.set(ylabel="loss per token (mean of 20 steps)", yscale="log")
@@ -94,6 +96,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, required=True, metavar="F")
     parser.add_argument("--recipes", default="bf16,fp8_delayed,fp8_current", metavar="A,B")
     parser.add_argument("--seeds", default="1", metavar="N,M")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "precision", metavar="DIR")
     parser.add_argument("--limit", type=float, default=600, help="seconds for all runs together")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -112,25 +115,32 @@ def main() -> int:
     warm = [f"train.steps={WARM_STEPS}", "optimizer.warmup_steps=10", f"precision.compute={recipes[0]}"]
     warm += ["eval.every=1000000"]
     train(start, [*options.overrides, *warm], deadline - time.monotonic())
+
+    def finished(recipe: str, seed: int) -> list[dict[str, Any]]:
+        overrides = [f"model.init_from={start}", f"precision.compute={recipe}", f"run.seed={seed}"]
+        run_dir = options.runs / f"{recipe}_{seed}"
+        return train(run_dir, [*options.overrides, *overrides], deadline - time.monotonic())
+
     lines: list[dict[str, Any]] = []
-    for seed in seeds:
-        for recipe in recipes:
-            overrides = [f"model.init_from={start}", f"precision.compute={recipe}", f"run.seed={seed}"]
+    failures = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = {(seed, recipe): pool.submit(finished, recipe, seed) for seed in seeds for recipe in recipes}
+        for (seed, recipe), run in runs.items():
             try:
-                rows = train(
-                    options.runs / f"{recipe}_{seed}", [*options.overrides, *overrides], deadline - time.monotonic()
-                )
+                rows = run.result()
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 print(f"error: {error}", file=sys.stderr)
-                return 1
-            reference = next((line for line in lines if line["seed"] == seed), None)
-            lines.append({**compared(recipe, seed, rows, reference), **about})
+                failures += 1
+                continue
+            reference = next((line for line in lines if (line["seed"], line["recipe"]) == (seed, recipes[0])), None)
+            lines.append({**compared(recipe, seed, rows, reference), "jobs": options.jobs, **about})
             with options.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
             short = {name: value for name, value in lines[-1].items() if name != "losses"}
             print(json.dumps(short), flush=True)
-    plot(lines, options.plot)
-    return 0
+    if lines:
+        plot(lines, options.plot)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

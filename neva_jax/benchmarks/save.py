@@ -34,6 +34,7 @@ from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.training.checkpoint import Checkpoints, Meta, verify
+from neva_jax.training.host_memory import allow_large_saves
 from neva_jax.training.manifest import size_of
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, with_vocabulary
@@ -71,6 +72,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict]:
       UserError: a state that is not one, a configuration that contradicts itself, or a folder that is not there.
     """
     absl_logging.set_verbosity(absl_logging.ERROR)
+    allow_large_saves()
     names = options.states.split(",")
     if unknown := [name for name in names if name not in STATES]:
         raise UserError(f"--states {options.states}: {unknown[0]} is none of {', '.join(STATES)}")

@@ -3,6 +3,7 @@
 A table is a function: rows -> Markdown. What was not measured says so; of several rows that fit, the fastest is shown.
 """
 
+import datetime
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 Row = dict[str, Any]
 NOT_MEASURED = "not measured"
 CURVE = 50  # losses from which on a row is a curve
+SESSION = 2.0  # hours within which rows are of one session: cards of one kind differ by some percent
 
 # The NeVA workflow's figures, samples/s/GPU on H100 NVL 94 GB (H800 where named):
 # stage, model, precision, mesh, micro batch, global batch, figure, remark
@@ -118,17 +120,19 @@ def cost(rows: list[Row]) -> str:
 
 
 def layouts(rows: list[Row]) -> str:
-    """Meshes of several GPUs against one GPU of the same card at the same shapes."""
+    """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed", "sequence_parallel")
     for row in sorted(best_of_each(several, *key, "mesh"), key=lambda row: (*map(str, map(row.get, key)), _mesh(row))):
-        shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch")
-        single = _best([one for one in ours(rows) if one["gpus"] == 1 and all(one[k] == row[k] for k in shapes)])
+        shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
+        fits = [one for one in ours(rows) if one["gpus"] == 1 and all(one[k] == row[k] for k in shapes)]
+        single = _best([one for one in fits if _hours_between(one, row) <= SESSION])
         lines.append(
             [
                 f"{row['gpus']} x {card(row)}",
                 row["stage"],
+                row["model"],
                 row["precision"],
                 _mesh(row["mesh"]) + (", sequence parallel" if row["sequence_parallel"] else ""),
                 f"{row['micro_batch']}/{row['global_batch']}",
@@ -142,8 +146,8 @@ def layouts(rows: list[Row]) -> str:
                 else f"{row['samples_per_s_per_gpu'] / single['samples_per_s_per_gpu']:.3f}",
             ]
         )
-    head = "cards | stage | precision | mesh | micro/global | tokens | step, ms | samples/s/GPU | peak per GPU, GiB | exposed communication, ms | efficiency"  # noqa: E501
-    return _table(head, lines or [[NOT_MEASURED, *[""] * 10]])
+    head = "cards | stage | model | precision | mesh | micro/global | tokens | step, ms | samples/s/GPU | peak per GPU, GiB | exposed communication, ms | efficiency"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 11]])
 
 
 def losses(rows: list[Row]) -> str:
@@ -294,6 +298,11 @@ def kind(row: Row) -> str:
 def card(row: Row) -> str:
     """The GPU's name without its maker's."""
     return row.get("gpu", "?").removeprefix("NVIDIA ")
+
+
+def _hours_between(row: Row, other: Row) -> float:
+    dates = [datetime.datetime.fromisoformat(each["date"]) for each in (row, other)]
+    return abs((dates[0] - dates[1]).total_seconds()) / 3600
 
 
 def _of_7b(row: Row) -> bool:

@@ -22,7 +22,7 @@ def row(**changes) -> dict:
         "samples_per_step": 128, "step_ms": 2000.0, "step_ms_p10": 1990.0, "step_ms_p90": 2010.0, "steps": 20,
         "samples_per_s": 64.0, "samples_per_s_per_gpu": 64.0, "data": "synthetic", "tflop_per_sample": 8.5,
         "peak_tflops": 790.0, "utilisation": 0.69, "peak_gib": 41.2, "compile_s": 19.0, "losses": [1.0],
-        "gpu": "NVIDIA H200", "gpus": 1, "xla_flags": "", **changes,
+        "gpu": "NVIDIA H200", "gpus": 1, "xla_flags": "", "date": "2026-11-27T14:32:58+00:00", **changes,
     }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_tables(folder, capsys):
     assert fp8[5:] == ["fp8", "96.0", "40.0", "32.0", "2.40", "3.00"]
     assert section(folder, "memory")[0] == ["H200", "tensor=2", "bf16", "4", "dots", "16", "30.5", "34.7"]
     pair = [line for line in section(folder, "layouts") if line[1] == "pretrain"]
-    assert pair[0][3] == "tensor=2" and pair[0][-2:] == ["7.0", f"{55 / 64:.3f}"]
+    assert pair[0][4] == "tensor=2" and pair[0][-2:] == ["7.0", f"{55 / 64:.3f}"]
     assert section(folder, "kernels")[0][1:] == [
         "gemm", "1500.0", "75.0 %", f"{8.5 * 128 / 0.79:.0f} (the model's operations at 790 TFLOP/s)",
     ]  # fmt: skip
@@ -95,6 +95,21 @@ def test_tables(folder, capsys):
     (folder / "page.md").write_text((folder / "page.md").read_text(encoding="utf-8").replace("64.0", "65.0"))
     assert report(folder, "--check") == 1
     assert "is not current" in capsys.readouterr().err
+
+
+def test_efficiency_is_against_one_gpu_of_the_same_session_and_rows(folder):
+    rows = [
+        row(
+            mesh={"data": 2}, gpus=2, samples_per_s=120.0, samples_per_s_per_gpu=60.0, date="2026-11-27T16:00:00+00:00"
+        ),
+        row(),
+        row(samples_per_s_per_gpu=80.0, date="2026-11-27T18:30:00+00:00"),  # another machine's, maybe a faster card
+        row(samples_per_s_per_gpu=90.0, packed=True),  # more samples in a row
+    ]
+    assert report(folder, rows=rows) == 0
+    assert [line[-1] for line in section(folder, "layouts")] == [f"{60 / 64:.3f}"]
+    assert report(folder, rows=[rows[0], *rows[2:]]) == 0
+    assert [line[-1] for line in section(folder, "layouts")] == ["not measured"]
 
 
 def test_curves_and_sweeps_are_drawn(folder):
