@@ -131,6 +131,7 @@ def _check_tensor(config: Config, tensor: int) -> None:
 _AT_LEAST_ONE = """
     precision.fp8.amax_history
     train.steps train.micro_batch train.global_batch train.unroll train.remat_layers train.loss_chunk
+    train.labelled_positions
     data.max_length data.images_per_row data.segments_per_row model.vision.position_image_size model.llm.sliding_window
     model.llm.rope_original_length guard.peer_timeout
     optimizer.ema_every checkpoint.every checkpoint.keep checkpoint.keep_every
@@ -141,7 +142,7 @@ _AT_LEAST_ONE = """
 """
 _NOT_NEGATIVE = """
     precision.fp8.margin precision.fp8.first_layers_bf16 precision.fp8.last_layers_bf16
-    run.seed data.workers data.video_frames data.max_bad_fraction checkpoint.keep_best
+    run.seed train.constant_prefix data.workers data.video_frames data.max_bad_fraction checkpoint.keep_best
     optimizer.lr optimizer.min_lr optimizer.warmup_steps optimizer.constant_steps optimizer.weight_decay
 """
 _ABOVE_ZERO = """
@@ -358,9 +359,37 @@ def _check_training(config: Config) -> None:
             f"train.remat_layers={train.remat_layers} with model.vision.freeze=false: groups are of the language "
             "model's layers; use 1, or train.remat_method=block"
         )
+    _check_shortcuts(config)
     if config.checkpoint.contents == "trained" and config.model.init_from is None and frozen_components(config.model):
         raise UserError(
             "checkpoint.contents=trained would lose the frozen random weights; use full, or set model.init_from"
+        )
+
+
+def _check_shortcuts(config: Config) -> None:
+    train, llm = config.train, config.model.llm
+    grouped = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
+    if train.labelled_positions is not None and grouped:
+        raise UserError(
+            f"train.labelled_positions={train.labelled_positions} takes the last layer apart, so that "
+            f"train.remat_layers={train.remat_layers} makes no whole groups; use 1, or train.remat_method=block"
+        )
+    if not train.constant_prefix:
+        return
+    reasons = {
+        "model.llm.freeze=false": not llm.freeze,
+        "data.pack=true": config.data.pack,
+        "model.llm.rope_scaling=dynamic": llm.rope_scaling == "dynamic",
+        "dropout in model.llm": any((llm.hidden_dropout, llm.ffn_dropout, llm.attention_dropout)),
+    }
+    for reason, there in reasons.items():
+        if there:
+            raise UserError(f"train.constant_prefix={train.constant_prefix} does not go with {reason}; use 0")
+    shortest = min([*config.data.length_buckets, config.data.max_length])
+    if train.constant_prefix >= shortest:
+        raise UserError(
+            f"train.constant_prefix={train.constant_prefix} leaves nothing of rows of {shortest} tokens "
+            "(data.max_length, or the shortest of data.length_buckets)"
         )
 
 

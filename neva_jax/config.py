@@ -351,6 +351,16 @@ class TrainConfig:
         "takes what `dots` takes in a loop.",
     )
     loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
+    labelled_positions: int | None = key(
+        None,
+        "Behind the last layer's attention, compute this many positions of a row: the labelled ones. Batches with more "
+        "are computed whole. null: all positions always.",
+    )
+    constant_prefix: int = key(
+        0,
+        "Tokens that all rows begin with, as the system text does: with a frozen language model, their keys and values "
+        "are computed once. Batches that begin otherwise are computed whole.",
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
-from neva_jax.data.pipeline import Share, batch_lengths, batches, plan_rows
+from neva_jax.data.pipeline import SampleMaker, Share, batch_lengths, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.data.watch import Watched
@@ -56,6 +56,7 @@ from neva_jax.training.setup import (
     verify_sources,
     with_vocabulary,
 )
+from neva_jax.training.shortcuts import compute_prefix, prefix_tokens
 from neva_jax.training.signals import StopRequest
 from neva_jax.training.step import TrainState, layout_of, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
@@ -215,6 +216,11 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
 
         state = state_of(params, moments, progress, resumed)
         frozen_params = {name: params[name] for name in frozen}
+        prefix = None
+        if config.train.constant_prefix:
+            row = SampleMaker(train_rows, config, tokenizer)(0)  # the run's first: the same when it is resumed
+            tokens = prefix_tokens(row, config.train.constant_prefix)
+            prefix = compute_prefix(config, mesh, params, tokens, quantize_frozen)
         del params, moments
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
         log.say(attention.describe(config.model, compute_dtype(config.precision), config.data.pack, mesh.size))
@@ -241,7 +247,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *(*judged_by, options, layout_of(state), apply_updates),
+            *(*judged_by, options, layout_of(state), apply_updates, config.train.labelled_positions),
         )
         validation = None
         if val_rows is not None:
@@ -346,7 +352,8 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     nullcontext() if timed else meter.paused(state),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
-                    state, metrics = train_step(state, frozen_params, place_batch(mesh, batch.arrays, accumulate))
+                    arrays = place_batch(mesh, batch.arrays, accumulate)
+                    state, metrics = train_step(state, frozen_params, arrays, *(() if prefix is None else (prefix,)))
                     if compiles:
                         jax.block_until_ready(metrics)
                 guard.add(step, batch, metrics)
@@ -372,7 +379,8 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     # Parameters that bad steps follow may be the reason: a rollback must not find them.
                     saving = saving and (last or guard.in_row == 0)
                 if logging:
-                    numbers = {name: float(metrics[name]) for name in ("loss", "lr", "grad_norm")}
+                    wanted = ("loss", "lr", "grad_norm", "short")
+                    numbers = {name: float(metrics[name]) for name in wanted if name in metrics}
                     epoch = samples / train_rows.epoch_size
                     log.metrics({"step": step, **numbers, **meter.row(), "epoch": epoch, **guard.counts()})
                     meter = Meter()

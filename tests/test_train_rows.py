@@ -79,6 +79,22 @@ def test_a_packed_run_validates_each_sample_once(start, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_run_with_shortcuts_has_the_losses_of_one_without(start, tmp_path):
+    """Some rows have more labels than are asked for; a run that goes on ends as one that was not stopped."""
+    frozen = ["model.llm.freeze=true", "data.val=[]", "train.micro_batch=2"]
+    shortcuts = ["train.constant_prefix=8", "train.labelled_positions=12"]
+    assert start("plain", *frozen) == start("short", *frozen, *shortcuts) == 0
+    plain, short = rows(tmp_path / "plain"), rows(tmp_path / "short")
+    assert [row["loss"] for row in short] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+    taken = [row["short"] for row in short]
+    assert set(taken) <= {0, 0.5, 1} and 0 < sum(taken) < len(taken)
+    cut(tmp_path / "short", 2)
+    assert start("short", *frozen, *shortcuts) == 0
+    assert rows(tmp_path / "short") == short
+    with pytest.raises(UserError, match=r"train\.constant_prefix=150: the first training row has \d+ tokens before"):
+        start("long", *frozen, "train.constant_prefix=150")
+
+
 def test_each_bucket_is_compiled_once(start, tmp_path, monkeypatch):
     """And the losses are those of one length."""
     steps = []

@@ -25,6 +25,7 @@ def made_up(config: Config, segments: int) -> Iterator[Batch]:
     """Batches without end, a function of `run.seed` alone: `segments` samples a row, image first, then labelled text.
 
     Each sample has the same number of tokens. Text follows a Zipf distribution, so that there is something to learn.
+    With `train.constant_prefix` all rows begin with the same tokens, without labels, and then the image.
 
     Raises:
       UserError: `data.max_length` is too short for the images.
@@ -41,9 +42,9 @@ def _batch(arrays: dict[str, np.ndarray]) -> Batch:
 
 def _row_arrays(config: Config, segments: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     rows, length, side = config.train.global_batch, config.data.max_length, config.model.vision.image_size
-    tiles, each = tiles_per_row(config), length // segments
+    tiles, each, before = tiles_per_row(config), length // segments, config.train.constant_prefix
     features = tiles // segments * image_tokens(config.model)  # of one sample
-    if tiles % segments or features >= each:
+    if tiles % segments or before + features >= each:
         raise UserError(
             f"data.max_length={length}: {segments} samples of {each} tokens do not hold the {features} tokens of their "
             f"images and text; {tiles} tiles a row"
@@ -51,11 +52,13 @@ def _row_arrays(config: Config, segments: int, rng: np.random.Generator) -> dict
     within = np.arange(segments * each)
     segment, position = within // each, within % each
     line = np.full(length, -1, np.int32)  # of a row's slots; what the samples do not fill is padding
-    line[: len(within)] = np.where(position < features, segment * features + position, -1)
+    feature = position - before
+    line[: len(within)] = np.where((feature >= 0) & (feature < features), segment * features + feature, -1)
     positions, segment_ids = np.zeros(length, np.int32), np.zeros(length, np.int32)
     positions[: len(within)], segment_ids[: len(within)] = position, segment + 1
-    labelled = (line < 0) & (segment_ids > 0)
+    labelled = (line < 0) & (segment_ids > 0) & (positions >= before)
     tokens = (rng.zipf(1.3, (rows, length)) % config.model.llm.vocab_size).astype(np.int32)
+    tokens[:, :before] = np.arange(before) % config.model.llm.vocab_size
     return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),

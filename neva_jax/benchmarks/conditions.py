@@ -15,6 +15,9 @@ STAGES = {("projector",): "pretrain", ("projector", "llm"): "finetune"}
 MODELS = {(32, 4096, 11008): "7B", (40, 5120, 13824): "13B"}
 
 
+SHORTCUTS = ("labelled_positions", "constant_prefix")  # of train (training/shortcuts.py)
+
+
 def conditions(*packages: str) -> dict:
     """Machine, date, and versions of `packages`; part of each row of a benchmark.
 
@@ -47,6 +50,7 @@ def describe(config: Config) -> dict[str, Any]:
         "micro_batch": config.train.micro_batch,
         "global_batch": config.train.global_batch,
         "seed": config.run.seed,
+        "shortcuts": {name: value for name in SHORTCUTS if (value := getattr(config.train, name))},
     }
 
 

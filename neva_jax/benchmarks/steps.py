@@ -5,6 +5,7 @@ so that nothing has to be downloaded or converted first.
 """
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -42,6 +43,7 @@ from neva_jax.training.setup import (
     initial_fp8_state,
     initialise_optimizer,
 )
+from neva_jax.training.shortcuts import Prefix, compute_prefix, prefix_tokens
 from neva_jax.training.step import TrainState
 
 WARMUP = 3  # steps before those that are timed
@@ -75,7 +77,8 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
         stream = made_up(config, segments) if data == "synthetic" else loaded(config, count)
         with jax.set_mesh(mesh):
             state, frozen = random_state(config, mesh)
-            run = _Run(step, state, frozen, stream, mesh, accumulate)
+            prefix, stream = _prefix(config, mesh, {**frozen, **state.trained}, stream)
+            run = _Run(step, state, frozen, stream, mesh, accumulate, prefix)
             before = _peak(devices)
             started = time.perf_counter()
             first_loss = run.wait(run.start(0))
@@ -99,6 +102,7 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
         "attention": attention,
         "remat": config.train.remat,
         "unroll": config.train.unroll,
+        **({} if run.short is None else {"short": float(run.short)}),
         "mesh": {axis: size for axis, size in sizes.items() if size > 1},
         "sequence_parallel": config.mesh.sequence_parallel,
         "accumulate": accumulate,
@@ -152,6 +156,18 @@ def random_state(config: Config, mesh: Mesh) -> tuple[TrainState, dict[str, Any]
     return jax.block_until_ready((state, frozen))
 
 
+def _prefix(
+    config: Config, mesh: Mesh, params: dict[str, Any], stream: Iterator[Batch]
+) -> tuple[Prefix | None, Iterator[Batch]]:
+    """What `train.constant_prefix` needs, from the first row of the stream; and the stream, from that row on."""
+    if not config.train.constant_prefix:
+        return None, stream
+    first = next(stream)
+    row = {name: array[0] for name, array in first.arrays.items()} | {"bad_rows": first.bad_rows}
+    tokens = prefix_tokens(row, config.train.constant_prefix)
+    return compute_prefix(config, mesh, params, tokens, quantize_frozen=True), itertools.chain([first], stream)
+
+
 def random_weights(abstract: dict[str, Any], seed: int) -> dict[str, Any]:
     """Weights of the right scale straight onto their shards, one array and one layer at a time."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
@@ -186,8 +202,10 @@ class _Run:
     stream: Iterator[Batch]
     mesh: Mesh
     accumulate: int
+    prefix: Prefix | None = None
     batch: Batch | None = None
     data_wait: float = 0.0
+    short: jax.Array | None = None
 
     def start(self, number: int) -> jax.Array:
         """Starts the next step; its loss is not waited for. Raises UserError for rows that make no batch."""
@@ -198,7 +216,8 @@ class _Run:
             raise UserError(f"{self.batch.bad_rows[0].message}; measure with rows that fit the template and --tokens")
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             arrays = place_batch(self.mesh, self.batch.arrays, self.accumulate)
-            self.state, metrics = self.step(self.state, self.frozen, arrays)
+            self.state, metrics = self.step(self.state, self.frozen, arrays, self.prefix)
+        self.short = metrics.get("short")
         return metrics["loss"]
 
     @staticmethod

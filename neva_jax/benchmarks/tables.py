@@ -191,6 +191,7 @@ def variants(rows: list[Row]) -> str:
         setting += [row["xla_flags"].replace("--xla_", "")] if row.get("xla_flags") else []
         setting += [f"data {row['data']}"] if row.get("data", "synthetic") != "synthetic" else []
         setting += ["packed"] if row.get("packed") else []
+        setting += [f"{name} {value}" for name, value in row.get("shortcuts", {}).items()]
         line = [card(row), row["impl"], row["stage"], row["model"], row["precision"]]
         line += [row.get("attention", ""), ", ".join(setting), f"{row['micro_batch']}/{row['global_batch']}"]
         if "error" in row:
@@ -201,6 +202,36 @@ def variants(rows: list[Row]) -> str:
         lines.append([*line, _tokens(row), timing, _rate(row), _gib(row), _percent(row["utilisation"]), compiled])
     head = "card | what | stage | model | precision | attention | setting | micro/global | tokens useful/computed | step, ms (p10 … p90) | samples/s | peak, GiB | of the limit | compiled in, s"  # noqa: E501
     return _table(head, lines or [[NOT_MEASURED, *[""] * 13]])
+
+
+def shortcuts(rows: list[Row]) -> str:
+    """Steps that leave work out which changes nothing, against the fastest that do all of it."""
+    lines = []
+    same = ("gpu", "gpus", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
+    for row in _measured(rows):
+        if not row.get("shortcuts"):
+            continue
+        fits = [one for one in ours(rows) if all(one[key] == row[key] for key in same)]
+        whole = _best([one for one in fits if _hours_between(one, row) <= SESSION])
+        lines.append(
+            [
+                card(row),
+                row["stage"],
+                row["model"],
+                row["precision"],
+                _tokens(row),
+                f"{row['tokens_labelled']:g}",
+                ", ".join(f"train.{name}={value}" for name, value in row["shortcuts"].items()),
+                _percent(row["short"]),
+                _ms(row),
+                f"**{_rate(row)}**",
+                _rate(whole),
+                _ratio(row, whole),
+                _gib(row),
+            ]
+        )
+    head = "card | stage | model | precision | tokens useful/computed | labelled | setting | micro batches that took it | step, ms | samples/s | without | ratio | peak, GiB"  # noqa: E501
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 12]])
 
 
 def attention(rows: list[Row]) -> str:
@@ -228,6 +259,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "variants": variants,
     "attention": attention,
+    "shortcuts": shortcuts,
 }
 
 
@@ -235,7 +267,11 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 
 
 def ours(rows: Iterable[Row]) -> list[Row]:
-    """Our train steps that were measured."""
+    """Our train steps that were measured, but for those that leave work out: they have a table of their own."""
+    return [row for row in _measured(rows) if not row.get("shortcuts")]
+
+
+def _measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.get("bench") == "train" and row.get("impl") == "neva_jax" and "error" not in row]
 
 

@@ -1,7 +1,10 @@
 """The Llama language model (HF LlamaForCausalLM), and its kin: Mistral's sliding window, Qwen2's biases.
 
+Two things may be left out (training/shortcuts.py): what follows the last layer's attention at positions that are not
+`wanted`, and a `prefix` that all rows share, whose keys and values are known.
+
 B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width, F MLP width, V vocabulary rows,
-L layers, S cache slots.
+L layers, S cache slots, P tokens of the prefix, N wanted positions of a row.
 """
 
 import dataclasses
@@ -28,6 +31,10 @@ class LayerCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+# A run of equal layers: (its stack, the part of it or None for all, layers of the model, recipe)
+Span = tuple["Block", tuple[int, int] | None, tuple[int, int], fp8.Recipe | None]
 
 
 class Block(nnx.Module):
@@ -89,11 +96,14 @@ class Block(nnx.Module):
         rng: jax.Array | None = None,
         recipe: fp8.Recipe | None = None,
         scales: fp8.Scales | None = None,
+        prefix: LayerCache | None = None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens).
 
         With `rng`, dropout where NeMo has it: on the attention weights, the products inside the MLP, and what attention
-        and MLP add to x. With `recipe`, its sites run in FP8, with the scales of delayed scaling in `scales`.
+        and MLP add to x. With `recipe`, its sites run in FP8, with the scales of delayed scaling in `scales`. With
+        `prefix` [P, G, K], P tokens stand before those of x. With `wanted` [B, N] i32, x is [B, N, D] at the end.
         """
         dtype, config = x.dtype, self.config
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
@@ -134,8 +144,10 @@ class Block(nnx.Module):
             q = constrain(q, "batch", "length", "heads", "head_dim")
             k = constrain(k, "batch", "length", "kv_heads", "head_dim")
             v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-            attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0])
+            attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0], prefix)
             attended = constrain(attended, "batch", "length", "heads", "head_dim")
+            if wanted is not None:
+                attended, x = _at(attended, wanted), _at(x, wanted)
             if recipe is not None and recipe.covers("o"):
                 y = biased(fp8.linear(recipe, attended, *site("o"), inputs=2), "o", config.o_bias)
             else:
@@ -169,9 +181,16 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None,
         cache: LayerCache | None,
         rng: jax.Array | None,
+        prefix: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """q [B, T, H, K], k and v [B, T, G, K] -> ([B, T, H, K], the cache with the new tokens)."""
         window, backends = self.config.sliding_window, self.backends
+        if prefix is not None:
+            # Kernels want as many queries as keys: those before x attend for nobody.
+            before = prefix.k.shape[0]
+            q = jnp.pad(q, ((0, 0), (before, 0), (0, 0), (0, 0)))
+            k, v = _behind(prefix.k, k), _behind(prefix.v, v)
+            return attend(q, k, v, window=window, backend=backends.single)[:, before:], None
         if cache is not None:
             cache = LayerCache(_write(cache.k, k, positions), _write(cache.v, v, positions))
             return attend(q, cache.k, cache.v, positions=positions, window=window), cache
@@ -204,6 +223,18 @@ class Block(nnx.Module):
 def _cut(per_layer: Any, first: int, last: int) -> Any:
     """Layers `first` ... `last` - 1 of arrays [L, ...]."""
     return jax.tree.map(lambda a: a[first:last], per_layer)
+
+
+def _behind(prefix: jax.Array, x: jax.Array) -> jax.Array:
+    """[P, G, K] before each row of x [B, T, G', K], where heads may be repeated (`spread`) -> [B, P + T, G', K]."""
+    prefix = jnp.repeat(prefix.astype(x.dtype), x.shape[2] // prefix.shape[1], axis=1)
+    prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape))
+    return constrain(jnp.concatenate([prefix, x], axis=1), "batch", "length", "kv_heads", "head_dim")
+
+
+def _at(x: jax.Array, wanted: jax.Array) -> jax.Array:
+    """x [B, T, ...] at the positions `wanted` [B, N] of its rows, all different -> [B, N, ...]."""
+    return jax.vmap(lambda row, at: row.at[at].get(unique_indices=True))(x, wanted)
 
 
 def _write(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -253,6 +284,8 @@ class Llama(nnx.Module):
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
         states: fp8.State | None = None,
+        prefix: LayerCache | None = None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Runs the decoder.
 
@@ -263,9 +296,11 @@ class Llama(nnx.Module):
           cache: [L, B, S, G, K] keys and values, or None.
           rng: the key of dropout; None: no dropout.
           states: what the FP8 layers remember (`precision.fp8.State`); None or {} where they need nothing.
+          prefix: [L, P, G, K] keys and values of tokens before x, the same in every row; without cache and segments.
+          wanted: [B, N] i32, the positions of each row whose hidden states are asked for; None: all. No cache then.
 
         Returns:
-          (normed hidden states [B, T, D], the cache with the new tokens or None)
+          (normed hidden states [B, T, D], or [B, N, D] with `wanted`; the cache with the new tokens or None)
         """
         angles = tuple(constrain(part, "batch", "length", None) for part in rotary_angles(positions, self.config))
         layer_rngs = None
@@ -274,31 +309,48 @@ class Llama(nnx.Module):
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
         x = constrain_stream(x, self.sequence_parallel)
         caches, scales = [], fp8.scales(self.recipe, states) if states else None
-        for stack, span, bounds, recipe in self._spans():
+        for stack, span, bounds, recipe in self._spans(last_alone=wanted is not None):
             in_fp8 = None if recipe is None else _cut(scales, *(layer - recipe.first for layer in bounds))
-            own = (*_cut((cache, layer_rngs), *bounds), in_fp8)
-            x, part = scan_layers(
+            own = (*_cut((cache, layer_rngs, prefix), *bounds), in_fp8)
+            asked = wanted if bounds[1] == self.config.num_layers else None
+
+            def call(
+                layer: Block, x: jax.Array, own: tuple, recipe: Any = recipe, asked: jax.Array | None = asked
+            ) -> tuple[jax.Array, Any]:
+                cache, rng, prefix, in_fp8 = own
+                y, cache = layer(x, positions, angles, segment_ids, cache, rng, recipe, in_fp8, prefix, asked)
+                return (y, cache) if asked is None else (x, y)  # what a scan carries keeps its shape
+
+            carried, part = scan_layers(
                 stack,
                 x,
                 per_layer=own,
                 remat=self._remat(bounds) if cache is None else NO_REMAT,
                 unroll=min(self.unroll, bounds[1] - bounds[0]),
                 span=span,
-                call=lambda layer, x, own, recipe=recipe: layer(
-                    x, positions, angles, segment_ids, *own[:2], recipe, own[2]
-                ),
+                call=call,
             )
+            if asked is not None:
+                return self.norm(part[0]), None
+            x = carried
             caches.append(part)
         cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
         return self.norm(x), cache
 
-    def _spans(self) -> list[tuple[Block, tuple[int, int] | None, tuple[int, int], fp8.Recipe | None]]:
-        """Runs of equal layers: (stack, the part of it or None for all, layers of the model, recipe)."""
+    def _spans(self, last_alone: bool) -> list[Span]:
+        """Runs of equal layers; with `last_alone`, the last layer is a run of its own."""
         recipe, total = self.recipe, self.config.num_layers
         if recipe is None or recipe.stored:
-            return [(getattr(self, name), None, (a, b), own) for name, (a, b, own) in stacks(recipe, total).items()]
-        bounds = [(0, recipe.first, None), (recipe.first, recipe.last, recipe), (recipe.last, total, None)]
-        return [(self.layers, (a, b) if b - a < total else None, (a, b), own) for a, b, own in bounds if a < b]
+            runs = [(getattr(self, name), None, (a, b), own) for name, (a, b, own) in stacks(recipe, total).items()]
+        else:
+            bounds = [(0, recipe.first, None), (recipe.first, recipe.last, recipe), (recipe.last, total, None)]
+            runs = [(self.layers, (a, b) if b - a < total else None, (a, b), own) for a, b, own in bounds if a < b]
+        stack, span, (a, b), own = runs[-1]
+        if not last_alone or b - a == 1:
+            return runs
+        start, end = span or (0, b - a)
+        last = [(stack, (start, end - 1), (a, b - 1), own), (stack, (end - 1, end), (b - 1, b), own)]
+        return runs[:-1] + last
 
     def _remat(self, bounds: tuple[int, int]) -> Remat:
         """The model's remat policy for the layers of a span: `block` counts from the model's first."""

@@ -76,6 +76,8 @@ class Neva(nnx.Module):
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
         states: fp8.State | None = None,
+        prefix: LayerCache | None = None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Hidden states of a batch.
 
@@ -85,12 +87,14 @@ class Neva(nnx.Module):
           cache: keys and values to extend; None in training.
           rng: the key of the language model's dropout; None: no dropout.
           states: what the FP8 layers remember; None or {} where they need nothing.
+          prefix, wanted: tokens before the batch's, and the positions that are asked for, as in `Llama`.
 
         Returns:
-          (hidden [B, T, D] ready for `llm.logits`, the extended cache or None)
+          (hidden [B, T, D], or [B, N, D] with `wanted`, ready for `llm.logits`; the extended cache or None)
         """
         x = self.embed(batch["tokens"], batch["images"], batch["image_slots"])
-        return self.llm(x, batch["positions"], batch["segment_ids"] if packed else None, cache, rng, states)
+        segment_ids = batch["segment_ids"] if packed else None
+        return self.llm(x, batch["positions"], segment_ids, cache, rng, states, prefix, wanted)
 
 
 def abstract_model(

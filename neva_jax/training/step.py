@@ -3,6 +3,9 @@
 The loss of a step is sum(weight * nll) / sum(weight) over the whole global batch. The denominator is known before the
 first micro batch, so each adds its share of loss and gradient and nothing is averaged: accumulating is exactly the
 same as one large batch.
+
+A shortcut (training/shortcuts.py) is taken by each micro batch that fits it: gradients are computed inside the branch
+that is chosen, so nothing that the other would keep is made.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from neva_jax.precision.fp8 import State as Fp8State
 from neva_jax.training import ema
 from neva_jax.training.guard import GOOD, GuardState, judge
 from neva_jax.training.loss import weighted_nll
+from neva_jax.training.shortcuts import Prefix, fits, labelled_positions, without_prefix
 
 Parameters = dict[str, Any]
 Arrays = dict[str, jax.Array]
@@ -44,15 +48,23 @@ def batch_nll(
     packed: bool = False,
     rng: jax.Array | None = None,
     states: Fp8State | None = None,
+    prefix: Prefix | None = None,
+    labelled: int | None = None,
 ) -> jax.Array:
     """Sum of weighted token losses of a micro batch (arrays [B, ...], see DESIGN), f32.
 
-    packed: rows may hold several segments; rng: dropout's key; states: of the FP8 layers.
+    packed: rows may hold several segments; rng: dropout's key; states: of the FP8 layers; prefix, labelled: shortcuts,
+    for a micro batch that `fits` them.
     """
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(micro, packed, rng=rng, states=states)
-    kernel = model.llm.output_kernel()
-    return weighted_nll(model.llm.logits, kernel, hidden, micro["targets"], micro["loss_weights"], chunk)
+    micro = micro if prefix is None else without_prefix(micro, prefix)
+    targets, weights, wanted = micro["targets"], micro["loss_weights"], None
+    if labelled is not None and labelled < weights.shape[1]:
+        wanted = labelled_positions(weights, labelled)
+        targets, weights = (jnp.take_along_axis(array, wanted, axis=1) for array in (targets, weights))
+    cache = None if prefix is None else prefix.cache
+    hidden, _ = model(micro, packed, rng=rng, states=states, prefix=cache, wanted=wanted)
+    return weighted_nll(model.llm.logits, model.llm.output_kernel(), hidden, targets, weights, chunk)
 
 
 def gradients(
@@ -64,11 +76,14 @@ def gradients(
     packed: bool = False,
     rng: jax.Array | None = None,
     states: Fp8State | None = None,
+    prefix: Prefix | None = None,
+    labelled: int | None = None,
 ) -> tuple[jax.Array, Parameters, Fp8State]:
     """Mean token loss of the global batch (arrays [A, B, ...]), gradients of the trained parameters, FP8's new state.
 
     The first two are 0 where nothing is supervised. Micro batch a drops out by the key fold_in(rng, a); rng None: no
     dropout. The FP8 state's "gradient" is its new value: it is handed from micro batch to micro batch, never added.
+    prefix, labelled: shortcuts for the micro batches that fit them.
     """
     states = {} if states is None else states
     weights = jnp.sum(batch["loss_weights"])
@@ -76,11 +91,19 @@ def gradients(
     count = batch["tokens"].shape[0]
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
-    def micro_loss(trained: Parameters, states: Fp8State, part: Part) -> jax.Array:
+    def micro_loss(trained: Parameters, states: Fp8State, part: Part, *shortcuts: Any) -> jax.Array:
         micro, rng = part
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng, states) / weights
+        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng, states, *shortcuts) / weights
 
-    differentiated = jax.value_and_grad(micro_loss, argnums=(0, 1))
+    def differentiated(trained: Parameters, states: Fp8State, part: Part) -> tuple[jax.Array, Any]:
+        whole = jax.value_and_grad(micro_loss, argnums=(0, 1))
+        if prefix is None and labelled is None:
+            return whole(trained, states, part)
+
+        def short(*arguments: Any) -> tuple[jax.Array, Any]:
+            return whole(*arguments, prefix, labelled)
+
+        return jax.lax.cond(fits(part[0], prefix, labelled), short, whole, trained, states, part)
 
     def accumulate(total: tuple[jax.Array, Parameters, Fp8State], part: Part) -> tuple[Any, None]:
         loss, (grads, states) = differentiated(trained, total[2], part)
@@ -106,6 +129,7 @@ def make_train_step(
     compiler_options: dict[str, Any] | None = None,
     layout: TrainState | None = None,
     apply_updates: Callable[[Parameters, Parameters], Parameters] = optax.apply_updates,
+    labelled: int | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -115,12 +139,17 @@ def make_train_step(
     function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
     `compiler_options`: XLA's (`precision.fp8.compiler_options`). `layout`: where the new state lies, as `layout_of` the
     old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device. `apply_updates`: adds
-    updates to the parameters (`training.setup.place_updates`).
+    updates to the parameters (`training.setup.place_updates`). `labelled`, and a `Prefix` as the step's
+    fourth argument, are shortcuts; with one the metrics have `short`, the part of the micro batches that took it.
     """
 
-    def train_step(state: TrainState, frozen: Parameters, batch: Arrays) -> tuple[TrainState, Arrays]:
+    def train_step(
+        state: TrainState, frozen: Parameters, batch: Arrays, prefix: Prefix | None = None
+    ) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
-        loss, grads, states = gradients(graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8)
+        loss, grads, states = gradients(
+            graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8, prefix, labelled
+        )
         norm, weights = optax.global_norm(grads), jnp.sum(batch["loss_weights"])
         verdict, guard = judge(state.guard, loss, norm, weights, spike_factor)
 
@@ -133,7 +162,10 @@ def make_train_step(
         after = jax.lax.cond(verdict == GOOD, updated, lambda state, *_: state, state, grads, states)
         after = after._replace(step=state.step + 1, guard=guard)
         lr = schedule(state.step - state.guard.skipped)
-        return after, {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
+        if prefix is not None or labelled is not None:
+            metrics["short"] = jnp.mean(jax.vmap(lambda micro: fits(micro, prefix, labelled))(batch), dtype=jnp.float32)
+        return after, metrics
 
     place = {} if layout is None else {"out_shardings": (layout, None)}
     return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options, **place)

@@ -112,6 +112,17 @@ def test_efficiency_is_against_one_gpu_of_the_same_session_and_rows(folder):
     assert [line[-1] for line in section(folder, "layouts")] == ["not measured"]
 
 
+def test_rows_with_shortcuts_have_a_table_of_their_own(folder):
+    shortcuts = {"labelled_positions": 64, "constant_prefix": 47}
+    rows = [row(tokens_labelled=64.0), row(tokens_labelled=64.0, shortcuts=shortcuts, short=1.0, samples_per_s=80.0,
+        samples_per_s_per_gpu=80.0)]  # fmt: skip
+    assert report(folder, rows=rows) == 0
+    (line,) = section(folder, "shortcuts")
+    assert line[6:8] == ["train.labelled_positions=64, train.constant_prefix=47", "100.0 %"]
+    assert line[9:12] == ["**80.0**", "64.0", f"{80 / 64:.2f}"]
+    assert "**64.0**" in section(folder, "workflow")[0]
+
+
 def test_curves_and_sweeps_are_drawn(folder):
     rows = [row(sweep={"tokens": str(256 * n)}, step_ms=100.0 * n * n, tokens_computed=256.0 * n) for n in (1, 2, 4)]
     rows += [

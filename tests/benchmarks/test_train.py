@@ -148,6 +148,18 @@ def test_made_up_rows():
         next(batches.made_up(config, 5))
 
 
+def test_made_up_rows_with_a_prefix():
+    config = load_config(None, [*TINY, "data.max_length=20", "train.global_batch=3", "train.constant_prefix=5"])
+    stream = batches.made_up(config, 1)
+    several = [next(stream).arrays for _ in range(batches.POOL)]
+    for arrays in several:
+        assert arrays["image_slots"][1].tolist() == [-1] * 5 + [0, 1, 2, 3] + [-1] * 11
+        assert np.count_nonzero(arrays["loss_weights"], axis=1).tolist() == [11] * 3
+        assert (arrays["tokens"][:, :5] == several[0]["tokens"][0, :5]).all()
+    with pytest.raises(UserError, match="1 samples of 20 tokens do not hold"):
+        next(batches.made_up(load_config(None, [*TINY, "data.max_length=20", "train.constant_prefix=16"]), 1))
+
+
 def test_steps_are_started_before_the_last_is_waited_for():
     order = []
 

@@ -1,0 +1,114 @@
+"""Work of a step that changes neither loss nor gradients, and how it is left out.
+
+    train.labelled_positions=N   behind the last layer's attention only labelled positions matter: N of a row are
+                                 computed
+    train.constant_prefix=P      all rows begin with the same P tokens (<s>, the system text, "USER: "). With a frozen
+                                 language model their keys and values are constants: computed once, at the start
+
+A micro batch that does not fit, with more labels in a row or another beginning, is computed whole: both programs are in
+the step, and the batch chooses. So no row needs to be checked beforehand.
+
+B rows, T tokens, L layers, G key/value heads, K head width.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from neva_jax.config import Config
+from neva_jax.derived import head_dim, kv_heads
+from neva_jax.errors import UserError
+from neva_jax.models.llama import LayerCache, empty_cache
+from neva_jax.parallel.mesh import replicated, ways_of
+from neva_jax.precision.policy import compute_dtype
+from neva_jax.training.setup import Parameters, abstract_parameters
+
+Arrays = dict[str, jax.Array]
+
+
+class Prefix(NamedTuple):
+    """Tokens [P] i32 that rows begin with, and their keys and values [L, P, G, K]."""
+
+    tokens: jax.Array
+    cache: LayerCache
+
+
+def prefix_tokens(row: dict[str, np.ndarray], count: int) -> np.ndarray:
+    """The first `count` tokens [P] i32 of a row (without B, see DESIGN).
+
+    Raises:
+      UserError: there are fewer before the row's first image or label, or the row has none at all.
+    """
+    if "tokens" not in row:
+        problem = row["bad_rows"][0].message
+        raise UserError(f"train.constant_prefix={count}: the first training row cannot be made: {problem}")
+    plain = (row["image_slots"] == -1) & (row["loss_weights"] == 0) & (row["segment_ids"] > 0)
+    most = int(np.argmin(np.append(plain, False)))
+    if count > most:
+        raise UserError(
+            f"train.constant_prefix={count}: the first training row has {most} tokens before its first image or label"
+        )
+    return np.asarray(row["tokens"][:count], np.int32)
+
+
+def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.ndarray, quantize_frozen: bool) -> Prefix:
+    """Keys and values of `tokens` [P] with the parameters of all components, on every device.
+
+    With FP8 they are computed by current scaling, whatever the recipe: delayed scaling has no past yet.
+
+    Args:
+      quantize_frozen: as in `abstract_parameters`; how `params` are held.
+    """
+    if config.precision.compute == "fp8_delayed":
+        fp8 = dataclasses.replace(config.precision.fp8, backend="xla")
+        precision = dataclasses.replace(config.precision, compute="fp8_current", fp8=fp8)
+        config = dataclasses.replace(config, precision=precision)
+    graphdef, _ = abstract_parameters(config, mesh, quantize_frozen)
+    rows, llm = ways_of(mesh, "batch"), config.model.llm  # one for each group of devices: a batch is split
+
+    def compute(params: Parameters, tokens: jax.Array) -> LayerCache:
+        model = nnx.merge(graphdef, params)
+        x = model.llm.embed(jnp.broadcast_to(tokens, (rows, len(tokens))))
+        positions = jnp.broadcast_to(jnp.arange(len(tokens)), x.shape[:2])
+        cache = empty_cache(llm, rows, len(tokens), compute_dtype(config.precision))
+        return jax.tree.map(lambda a: a[:, 0], model.llm(x, positions, cache=cache)[1])
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(np.asarray(tokens), replicated(mesh))
+        return Prefix(placed, jax.jit(compute, out_shardings=replicated(mesh))(params, placed))
+
+
+def abstract_prefix(config: Config, mesh: Mesh) -> Prefix:
+    """Shapes and shardings of what `compute_prefix` returns."""
+    llm, count, place = config.model.llm, config.train.constant_prefix, replicated(mesh)
+    shape, dtype = (llm.num_layers, count, kv_heads(llm), head_dim(llm)), compute_dtype(config.precision)
+    one = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    return Prefix(jax.ShapeDtypeStruct((count,), jnp.int32, sharding=place), LayerCache(one, one))
+
+
+def fits(micro: Arrays, prefix: Prefix | None, labelled: int | None) -> jax.Array:
+    """Whether nothing is lost by the shortcuts in this micro batch (arrays [B, T]): a bool scalar."""
+    fit = jnp.bool(True)
+    if labelled is not None:
+        fit &= jnp.all(jnp.count_nonzero(micro["loss_weights"], axis=1) <= labelled)
+    if prefix is not None:
+        first = {name: micro[name][:, : len(prefix.tokens)] for name in ("tokens", "image_slots", "loss_weights")}
+        plain = (first["image_slots"] == -1) & (first["loss_weights"] == 0)
+        fit &= jnp.all((first["tokens"] == prefix.tokens) & plain)
+    return fit
+
+
+def without_prefix(micro: Arrays, prefix: Prefix) -> Arrays:
+    """The micro batch without its first P positions."""
+    count = len(prefix.tokens)
+    return {name: array if name == "images" else array[:, count:] for name, array in micro.items()}
+
+
+def labelled_positions(weights: jax.Array, most: int) -> jax.Array:
+    """The first `most` labelled positions of each row of weights [B, T], filled up with others -> [B, N] i32."""
+    return jnp.argsort(weights == 0, axis=1, stable=True)[:, :most]

@@ -1,0 +1,243 @@
+"""Shortcuts of a step: the same loss and gradients as without, and no shortcut where something would be lost."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neva_jax.checks import check_numbers
+from neva_jax.config import Fp8Config, PrecisionConfig
+from neva_jax.derived import frozen_components, trained_components
+from neva_jax.errors import UserError
+from neva_jax.parallel.mesh import place_batch
+from neva_jax.training.setup import abstract_parameters, as_held, initial_fp8_state, initialise_parameters
+from neva_jax.training.shortcuts import abstract_prefix, compute_prefix, fits, labelled_positions, prefix_tokens
+from neva_jax.training.step import gradients
+from tests.training.layouts import LENGTH, MODEL, ROWS, VOCAB, Layout, batch
+
+PREFIX, MOST = 5, 6
+FP8 = {kind: PrecisionConfig(compute=kind, fp8=Fp8Config(amax_history=1)) for kind in ("fp8_delayed", "fp8_current")}
+
+
+@cache
+def rows(packed=False):
+    """The batch of the layouts' tests, but for at most MOST labels a row, and the same PREFIX tokens before each."""
+    arrays = {name: array.copy() for name, array in batch(3, packed).items()}
+    weights = arrays["loss_weights"]
+    weights *= np.cumsum(weights, axis=1) <= MOST
+    if packed:
+        return arrays
+    draw, images = np.random.default_rng(8), arrays.pop("images")
+    front = {name: np.zeros((ROWS, PREFIX), array.dtype) for name, array in arrays.items()}
+    front["tokens"][:] = front["targets"][:] = draw.integers(0, VOCAB, PREFIX)
+    front["segment_ids"][:], front["image_slots"][:] = 1, -1
+    front["positions"][:] = np.arange(PREFIX)
+    arrays["positions"] = arrays["positions"] + PREFIX
+    joined = {name: np.concatenate([front[name], array], axis=1) for name, array in arrays.items()}
+    return {**joined, "images": images}
+
+
+def config_of(layout, precision=None, **train):
+    config = layout.config
+    length = config.data.max_length if layout.packed else LENGTH + PREFIX
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, max_length=length),
+        precision=precision or config.precision,
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def compute(layout, arrays, prefix=False, labelled=None, precision=None, **train):
+    """(loss, gradients) of a micro batch or several, and the prefix if one was used."""
+    config, mesh = config_of(layout, precision, **train), layout.mesh
+    graphdef, abstract = abstract_parameters(config, mesh)
+    with jax.set_mesh(mesh):
+        params = held_parameters(config, mesh, abstract)
+        trained, frozen = (
+            {name: params[name] for name in names(config.model)} for names in (trained_components, frozen_components)
+        )
+        shared = None
+        if prefix:
+            shared = compute_prefix(config, mesh, params, rows()["tokens"][0, :PREFIX], quantize_frozen=True)
+        run = jax.jit(
+            partial(gradients, graphdef, chunk=4, packed=layout.packed, labelled=labelled),
+            compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+        )
+        placed = place_batch(mesh, arrays, layout.accumulate)
+        found = run(trained, frozen, placed, states=initial_fp8_state(config, mesh), prefix=shared)
+    return jax.tree.map(np.asarray, (found[0], found[1])), shared
+
+
+def held_parameters(config, mesh, abstract):
+    plain = dataclasses.replace(config, precision=PrecisionConfig(compute="fp32"))
+    shapes = abstract_parameters(plain, mesh)[1]
+    return as_held(config, initialise_parameters(plain, shapes, {}, lambda _: None), abstract)
+
+
+def flat(tree):
+    return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def assert_same(ours, theirs, bound):
+    leaves, expected = jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)
+    for (path, leaf), wanted in zip(leaves, expected, strict=True):
+        assert np.linalg.norm(leaf - wanted) <= bound * max(np.linalg.norm(wanted), 1e-12), path
+        assert np.linalg.norm(wanted) > 0, path
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = [
+    pytest.param(Layout("data=1", "pretrain"), marks=pytest.mark.thorough),
+    pytest.param(Layout("data=2,fsdp=2", "pretrain"), marks=pytest.mark.thorough),
+    Layout("tensor=8", "pretrain"),
+    Layout("data=2,tensor=2", "pretrain", sequence_parallel=True),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.shape)
+def test_both_shortcuts_give_the_loss_and_the_gradients_of_the_whole(layout):
+    whole, _ = compute(Layout("data=1", "pretrain"), rows())
+    short, shared = compute(layout, rows(), prefix=True, labelled=MOST)
+    assert shared.cache.k.shape == (MODEL.llm.num_layers, PREFIX, MODEL.llm.num_kv_heads, 4)
+    assert_same(short, whole, 2e-5)
+
+
+RECOMPUTED = [
+    {"remat": "full"},
+    pytest.param({"remat": "none"}, marks=pytest.mark.thorough),
+    {"remat": "dots", "unroll": 2},
+    pytest.param({"remat": "full", "remat_method": "block", "remat_layers": 1}, marks=pytest.mark.thorough),
+]
+
+
+@pytest.mark.parametrize("train", RECOMPUTED, ids=str)
+def test_with_any_recomputation(train):
+    whole, _ = compute(Layout("data=1", "pretrain"), rows())
+    assert_same(compute(Layout("data=1", "pretrain"), rows(), prefix=True, labelled=MOST, **train)[0], whole, 2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_labelled_positions_while_the_language_model_is_trained(packed):
+    layout = Layout("data=1", "finetune", accumulate=2, packed=packed)
+    arrays = rows(packed)
+    assert np.count_nonzero(arrays["loss_weights"], axis=1).max() <= MOST
+    assert_same(compute(layout, arrays, labelled=MOST)[0], compute(layout, arrays)[0], 2e-5)
+
+
+@pytest.mark.parametrize(("kind", "unroll"), [("fp8_delayed", 2), ("fp8_current", 1)])
+def test_in_fp8_within_its_rounding(kind, unroll):
+    """The gradients are no further from those of fp32 than FP8's are without the shortcuts."""
+    layout = Layout("data=1", "pretrain")
+    exact, _ = compute(layout, rows())
+    whole, _ = compute(layout, rows(), precision=FP8[kind], unroll=unroll)
+    short, _ = compute(layout, rows(), prefix=True, labelled=MOST, precision=FP8[kind], unroll=unroll)
+    assert short[0] == pytest.approx(whole[0], rel=0.01)
+    ours, theirs, wanted = (flat(gradients) for _, gradients in (short, whole, exact))
+    assert np.linalg.norm(theirs - wanted) > 1e-3  # it is FP8
+    assert np.linalg.norm(ours - wanted) < 1.3 * np.linalg.norm(theirs - wanted)
+
+
+# --- what does not fit is computed whole ------------------------------------------------------------------------------
+
+
+def odd_rows():
+    """Name -> the batch with one row that does not fit."""
+    changed = {}
+    for name in ("label", "token", "image", "many"):
+        arrays = {key: array.copy() for key, array in rows().items()}
+        if name == "label":
+            arrays["loss_weights"][3, PREFIX - 1] = 1
+        if name == "token":
+            arrays["tokens"][3, 1] = (arrays["tokens"][3, 1] + 1) % VOCAB
+        if name == "image":
+            arrays["image_slots"][3, 2] = 0
+        if name == "many":
+            arrays["loss_weights"][3, -MOST - 1 :] = 1
+        changed[name] = arrays
+    return changed
+
+
+@pytest.mark.parametrize(
+    "name", ["label", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("token", "image")), "many"]
+)
+def test_a_batch_that_does_not_fit_is_computed_whole(name):
+    layout, arrays = Layout("data=1", "pretrain", accumulate=4), odd_rows()[name]
+    whole, _ = compute(layout, arrays)
+    short, shared = compute(layout, arrays, prefix=True, labelled=MOST)
+    assert_same(short, whole, 2e-5)
+    parts = {key: array.reshape(4, -1, *array.shape[1:]) for key, array in arrays.items()}
+    taken = [bool(fits({key: array[i] for key, array in parts.items()}, shared, MOST)) for i in range(4)]
+    assert taken == [False, True, True, True]  # row 3 is in the first of four micro batches
+
+
+def test_positions_with_labels_come_first_in_their_order():
+    weights = jnp.array([[0, 1, 0, 0.5, 2], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]])
+    assert labelled_positions(weights, 3).tolist() == [[1, 3, 4], [0, 1, 2], [0, 1, 2]]
+
+
+def test_more_positions_than_there_are_change_nothing():
+    layout = Layout("data=1", "pretrain")
+    whole, _ = compute(layout, rows())
+    assert_same(compute(layout, rows(), labelled=1000)[0], whole, 0)
+
+
+# --- the prefix ------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_of_a_prefix_are_known_before():
+    layout = Layout("data=2,tensor=2", "pretrain")
+    config = config_of(layout, constant_prefix=PREFIX)
+    _, shared = compute(layout, rows(), prefix=True)
+    expected = abstract_prefix(config, layout.mesh)
+    for found, wanted in zip(jax.tree.leaves(shared), jax.tree.leaves(expected), strict=True):
+        assert (found.shape, found.dtype, found.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
+
+
+def row(**changes):
+    arrays = {name: array[0].copy() for name, array in rows().items()}
+    for name, (place, value) in changes.items():
+        arrays[name][place] = value
+    return arrays
+
+
+def test_a_prefix_is_text_without_labels():
+    assert prefix_tokens(row(), PREFIX).tolist() == rows()["tokens"][0, :PREFIX].tolist()
+    for name, value in (("image_slots", 0), ("loss_weights", 1.0), ("segment_ids", 0)):
+        with pytest.raises(UserError, match=r"train.constant_prefix=5: the first training row has 3 tokens before"):
+            prefix_tokens(row(**{name: (3, value)}), PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.llm.freeze": False}, "model.llm.freeze=false"),
+        ({"data.pack": True}, "data.pack=true"),
+        ({"model.llm.rope_scaling": "dynamic", "model.llm.rope_original_length": 64}, "rope_scaling=dynamic"),
+        ({"model.llm.attention_dropout": 0.1}, "dropout in model.llm"),
+        ({"train.constant_prefix": 29}, "leaves nothing of rows of 29 tokens"),
+        ({"train.constant_prefix": -1}, "must not be negative"),
+        ({"train.labelled_positions": 0}, "must be at least 1"),
+        ({"train.labelled_positions": 4, "train.remat": "full", "train.remat_layers": 2}, "takes the last layer apart"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict(change, message):
+    config = config_of(Layout("data=1", "pretrain"), constant_prefix=0 if "train.labelled_positions" in change else 4)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0))
+    check_numbers(config)
+    for name, value in change.items():
+        config = _with(config, name.split("."), value)
+    with pytest.raises(UserError, match=message):
+        check_numbers(config)
+
+
+def _with(part, path, value):
+    if len(path) > 1:
+        value = _with(getattr(part, path[0]), path[1:], value)
+    return dataclasses.replace(part, **{path[0]: value})
