@@ -6,7 +6,7 @@ python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf
 A first run of `WARM_STEPS` in the first recipe makes the checkpoint that all start from (model.init_from). Then each
 recipe trains with each seed (of the data order) for `train.steps`. One JSON line for each run: its losses, the mean of
 the last LAST of them, its validation loss, and both relative to the first recipe's with the same seed. The task is
-configs/precision_300m.yaml's; it needs the quickstart's data and tokenizer. With --jobs several runs share the GPU:
+configs/precision_300m.yaml's, which says how its data is made. With --jobs several runs share the GPU:
 XLA_PYTHON_CLIENT_MEM_FRACTION then says each one's part of its memory. The exit status is 1 where a run failed.
 """
 
