@@ -23,11 +23,17 @@ finetune() { bench --config "$root/configs/finetune_7b.yaml" --tokens 808 "$@" m
 finetune_whole() { XLA_PYTHON_CLIENT_MEM_FRACTION=.96 finetune "$@"; }
 
 unrolled=(train.remat=none train.unroll=32)
+# 47 tokens of the template before the image, 42 behind it.
+prefix=(--tokens 345 data.template=llama_2 train.labelled_positions=48 train.constant_prefix=47)
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
   fp8=(--precision fp8_delayed)
   pretrain "${one[@]}" --tokens 320
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
+  pretrain "${one[@]}" "${prefix[@]}"
+  pretrain "${one[@]}" "${prefix[@]}" "${fp8[@]}"
+  pretrain "${one[@]}" --tokens 320 train.labelled_positions=64
+  pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --baseline hf
   pretrain "${one[@]}" --tokens 320 --baseline hf_checkpointing
   for rows in 3 4; do

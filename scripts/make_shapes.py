@@ -4,7 +4,8 @@
 
 Objects of one picture differ in colour and in shape, so every question has exactly one right answer. The colour-shape
 pairs in HELD_OUT_COMBINATIONS occur in the `unseen` split only. A picture and its questions follow from (seed, split,
-index) alone; dataset.json is written last and says that the set is complete.
+index) alone; dataset.json is written last and says that the set is complete. With --reworded, captions choose their
+words and the order of the objects at random, as people do: what no picture tells keeps a good model's loss above 0.
 """
 
 import argparse
@@ -49,6 +50,15 @@ PROMPTS = (
     "Give a short description of the image.",
     "What is in the image?",
 )
+
+WORDINGS = {  # with --reworded, each as good as the others
+    "small": ("small", "little", "tiny"),
+    "large": ("large", "big", "huge"),
+    "top left": ("at the top left", "in the upper left corner", "above on the left"),
+    "top right": ("at the top right", "in the upper right corner", "above on the right"),
+    "bottom left": ("at the bottom left", "in the lower left corner", "below on the left"),
+    "bottom right": ("at the bottom right", "in the lower right corner", "below on the right"),
+}
 
 Color = tuple[int, int, int]
 Combination = tuple[str, str]  # (colour, shape)
@@ -334,12 +344,23 @@ def caption(picture: Picture) -> str:
     return ", ".join(parts) + "."
 
 
-def pretrain_row(seed: int, split: str, index: int, picture: Picture) -> dict:
+def reworded(rng: random.Random, picture: Picture) -> str:
+    """All objects in any order, each in words drawn from WORDINGS."""
+    things = rng.sample(picture.objects, len(picture.objects))
+    words = [{name: rng.choice(wordings) for name, wordings in WORDINGS.items()} for _ in things]
+    parts = [
+        f"a {word[thing.size]} {thing.color} {thing.shape} {word[thing.place]}"
+        for thing, word in zip(things, words, strict=True)
+    ]
+    return rng.choice((", ", " and ", "; ")).join(parts) + "."
+
+
+def pretrain_row(seed: int, split: str, index: int, picture: Picture, in_any_words: bool = False) -> dict:
     """A caption in LLaVA's pretraining format; the marker <image> stands before or after the prompt."""
     rng = random.Random(f"{seed}/{split}/{index}/prompt")
     prompt = rng.choice(PROMPTS)
     text = f"<image>\n{prompt}" if rng.random() < 0.5 else f"{prompt}\n<image>"
-    return row(split, index, [text, caption(picture)])
+    return row(split, index, [text, reworded(rng, picture) if in_any_words else caption(picture)])
 
 
 def finetune_row(split: str, index: int, picture: Picture, questions: list[Question]) -> dict:
@@ -374,7 +395,7 @@ def write_json(path: Path, rows: Iterable[dict], lines: bool = False) -> None:
     path.write_text("\n".join(texts) + "\n" if lines else "[\n" + ",\n".join(texts) + "\n]\n")
 
 
-def write_set(out: Path, seed: int, size: int, counts: dict[str, int]) -> None:
+def write_set(out: Path, seed: int, size: int, counts: dict[str, int], in_any_words: bool) -> None:
     """Draw all pictures and write the JSON files."""
     for split in counts:
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
@@ -385,7 +406,7 @@ def write_set(out: Path, seed: int, size: int, counts: dict[str, int]) -> None:
         bar = tqdm(pool.map(work, jobs, chunksize=32), total=len(jobs), unit="picture", desc="drawing")
         samples = dict(zip(jobs, bar, strict=True))
     made = {split: [(split, index, *samples[split, index]) for index in range(counts[split])] for split in counts}
-    captions = [pretrain_row(seed, split, index, picture) for split, index, picture, _ in made["train"]]
+    captions = [pretrain_row(seed, split, index, picture, in_any_words) for split, index, picture, _ in made["train"]]
     write_json(out / "pretrain.json", captions)
     write_json(out / "finetune.json", [finetune_row(*sample) for sample in made["train"]])
     write_json(out / "val.json", [finetune_row(*sample) for sample in made["val"]])
@@ -405,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: 64)")
     for split, count in (("train", 6000), ("val", 128), ("heldout", 50), ("unseen", 50)):
         parser.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default: {count})")
+    parser.add_argument("--reworded", action="store_true", help="captions in random words and order (see above)")
     parser.add_argument("--force", action="store_true", help="replace a data set with other parameters")
     options = parser.parse_args(arguments)
     counts = {split: getattr(options, split) for split in ("train", "val", "heldout", "unseen")}
@@ -414,6 +436,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     out: Path = options.out
     stamp = {"format": FORMAT, "seed": options.seed, "size": options.size, "counts": counts}
+    if options.reworded:
+        stamp["reworded"] = True
     complete, unfinished = out / "dataset.json", out / "unfinished"
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         parser.error(f"--out {out}: is a file, or leads through one; name a folder")
@@ -427,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complete.unlink(missing_ok=True)
     for folder in ("images", "grey"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    write_set(out, options.seed, options.size, counts)
+    write_set(out, options.seed, options.size, counts, options.reworded)
     complete.write_text(json.dumps(stamp) + "\n")
     unfinished.unlink()
     print(f"{out}: {sum(counts.values())} pictures ({', '.join(f'{n} {split}' for split, n in counts.items())})")

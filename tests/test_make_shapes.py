@@ -172,6 +172,26 @@ def test_captions_name_every_object_with_its_size_and_place(split):
         assert shapes.caption(picture) == ", ".join(parts) + "."
 
 
+def test_reworded_captions_tell_the_same_in_any_words_and_order():
+    sizes = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large", "huge": "large"}
+    seen, orders = Counter(), set()
+    for index, (picture, _) in enumerate(samples("train")):
+        text = shapes.pretrain_row(SEED, "train", index, picture, in_any_words=True)["conversations"][1]["value"]
+        told = []
+        for part in re.split(r", | and |; ", text.removesuffix(".")):
+            size, color, shape, where = re.fullmatch(r"a (\w+) (\w+) (\w+) (.+)", part).groups()
+            top, left = ("top" in where or "upper" in where or "above" in where), "left" in where
+            place = f"{'top' if top else 'bottom'} {'left' if left else 'right'}"
+            assert where in shapes.WORDINGS[place]
+            told.append((sizes[size], color, shape, place))
+            seen.update((size, where))
+        objects = [(thing.size, thing.color, thing.shape, thing.place) for thing in picture.objects]
+        assert sorted(told) == sorted(objects)
+        orders.add(told == objects)
+    assert set(seen) == {wording for wordings in shapes.WORDINGS.values() for wording in wordings}
+    assert orders == {True, False}
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_picture_shows_each_object_in_its_colour(size):
     named = {name: np.array(rgb) for name, rgb in shapes.COLORS.items()}

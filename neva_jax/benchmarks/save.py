@@ -14,6 +14,7 @@ they fit there.
 import argparse
 import dataclasses
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -104,18 +105,22 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
     params = {part: leaf for part, leaf in abstract_parameters(config, mesh)[1].items() if part in trained}
     moments = abstract_optimizer(make_optimizer(config.optimizer, config.train.steps), params, mesh)
     state = _random((params, moments))
+    _say(name, "is on the device")
     waited, total = [], []
     with Checkpoints(folder, 1) as checkpoints:
         for step in range(1, repeats + 2):
             begun = time.monotonic()
             checkpoints.save(step, *state, {"samples": step}, Meta(step, config, trained, None, tokenizer))
             waited.append(checkpoints.blocked * 1000)
+            _say(name, f"save {step} held training up for {waited[-1]:.0f} ms")
             checkpoints.wait()
             total.append(time.monotonic() - begun)
+            _say(name, f"save {step} was complete after {total[-1]:.1f} s")
         del state
         begun = time.monotonic()
         jax.block_until_ready(checkpoints.restore(step, params, moments)[:2])
         restored = time.monotonic() - begun
+        _say(name, f"restored in {restored:.1f} s")
         step_dir = checkpoints.directory / str(step)
         begun = time.monotonic()
         verify(step_dir, "full")
@@ -143,6 +148,11 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
         "repeats": repeats,
         **conditions("jax", "orbax-checkpoint", "xxhash"),
     }
+
+
+def _say(state: str, news: str) -> None:
+    """A large state takes minutes, and a run of this that is cut off leaves no row: what is known is said at once."""
+    print(f"{state}: {news}", file=sys.stderr, flush=True)
 
 
 def _random(abstract: Any) -> Any:
