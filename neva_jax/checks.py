@@ -7,6 +7,7 @@ from neva_jax.config import COMPONENTS, Config, DataConfig, LlmConfig, ModelConf
 from neva_jax.data.templates import NEVA
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.derived import (
+    all_unrolled,
     frozen_components,
     head_dim,
     image_tokens,
@@ -368,29 +369,40 @@ def _check_training(config: Config) -> None:
 
 def _check_shortcuts(config: Config) -> None:
     train, llm = config.train, config.model.llm
-    grouped = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
-    if train.labelled_positions is not None and grouped:
-        raise UserError(
-            f"train.labelled_positions={train.labelled_positions} takes the last layer apart, so that "
-            f"train.remat_layers={train.remat_layers} makes no whole groups; use 1, or train.remat_method=block"
-        )
-    if not train.constant_prefix:
-        return
-    reasons = {
-        "model.llm.freeze=false": not llm.freeze,
-        "data.pack=true": config.data.pack,
-        "model.llm.rope_scaling=dynamic": llm.rope_scaling == "dynamic",
-        "dropout in model.llm": any((llm.hidden_dropout, llm.ffn_dropout, llm.attention_dropout)),
-    }
-    for reason, there in reasons.items():
-        if there:
-            raise UserError(f"train.constant_prefix={train.constant_prefix} does not go with {reason}; use 0")
-    shortest = min([*config.data.length_buckets, config.data.max_length])
-    if train.constant_prefix >= shortest:
-        raise UserError(
-            f"train.constant_prefix={train.constant_prefix} leaves nothing of rows of {shortest} tokens "
-            "(data.max_length, or the shortest of data.length_buckets)"
-        )
+    dropout = any((llm.hidden_dropout, llm.ffn_dropout, llm.attention_dropout))
+    if train.labelled_positions is not None:
+        looped = "would copy the weights of layers in a loop: all must be unrolled"
+        groups = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
+        reasons = {
+            f"train.unroll={train.unroll} ({looped}, train.unroll={llm.num_layers})": not all_unrolled(config),
+            f"train.remat_layers={train.remat_layers} (the last layer stands alone)": groups,
+            "mesh.zero1=true and a trained language model (its gradients would be whole)": config.mesh.zero1
+            and not llm.freeze,
+            "dropout in model.llm (another would be drawn)": dropout,
+        }
+        _refuse("train.labelled_positions", train.labelled_positions, reasons, "null")
+    if train.constant_prefix:
+        reasons = {
+            "model.llm.freeze=false": not llm.freeze,
+            "data.pack=true": config.data.pack,
+            "model.llm.rope_scaling=dynamic": llm.rope_scaling == "dynamic",
+            "dropout in model.llm": dropout,
+            # Whole batches and validation would take scales of a past without it.
+            "precision.compute=fp8_delayed": config.precision.compute == "fp8_delayed",
+        }
+        _refuse("train.constant_prefix", train.constant_prefix, reasons, "0")
+        shortest = min([*config.data.length_buckets, config.data.max_length])
+        if train.constant_prefix >= shortest:
+            raise UserError(
+                f"train.constant_prefix={train.constant_prefix} leaves nothing of rows of {shortest} tokens "
+                "(data.max_length, or the shortest of data.length_buckets)"
+            )
+
+
+def _refuse(name: str, value: int, reasons: dict[str, bool], instead: str) -> None:
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{name}={value} does not go with {reason}; use {instead}")
 
 
 def _check_fp8(config: Config) -> None:

@@ -354,12 +354,13 @@ class TrainConfig:
     labelled_positions: int | None = key(
         None,
         "Behind the last layer's attention, compute this many positions of a row: the labelled ones. Batches with more "
-        "are computed whole. null: all positions always.",
+        "are computed whole, by a program of their own that takes as long to compile. With all layers unrolled. null: "
+        "all positions always.",
     )
     constant_prefix: int = key(
         0,
         "Tokens that all rows begin with, as the system text does: with a frozen language model, their keys and values "
-        "are computed once. Batches that begin otherwise are computed whole.",
+        "are computed once. Batches that begin otherwise are computed whole. Not with fp8_delayed.",
     )
 
 

@@ -128,6 +128,10 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
     validates = config.data.val or config.data.val_fraction
     open_val = partial(Sources, config.data, "val", config.run.seed, shuffle=False)
     val_rows = peers.after_first(open_val) if validates else None
+    first_tokens = None
+    if config.train.constant_prefix:
+        row = SampleMaker(train_rows, config, tokenizer)(0)  # the run's first: the same when it is resumed
+        first_tokens = prefix_tokens(row, config.train.constant_prefix)
     use_compile_cache(config.run.compile_cache)
     sizes = parse_mesh_shape(config.mesh.shape, jax.device_count())
     accumulate = check_mesh(config, sizes)
@@ -217,10 +221,8 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         state = state_of(params, moments, progress, resumed)
         frozen_params = {name: params[name] for name in frozen}
         prefix = None
-        if config.train.constant_prefix:
-            row = SampleMaker(train_rows, config, tokenizer)(0)  # the run's first: the same when it is resumed
-            tokens = prefix_tokens(row, config.train.constant_prefix)
-            prefix = compute_prefix(config, mesh, params, tokens, quantize_frozen)
+        if first_tokens is not None:
+            prefix = compute_prefix(config, mesh, params, first_tokens, quantize_frozen)
         del params, moments
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
         log.say(attention.describe(config.model, compute_dtype(config.precision), config.data.pack, mesh.size))
@@ -353,7 +355,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
                     arrays = place_batch(mesh, batch.arrays, accumulate)
-                    state, metrics = train_step(state, frozen_params, arrays, *(() if prefix is None else (prefix,)))
+                    state, metrics = train_step(state, frozen_params, arrays, prefix)
                     if compiles:
                         jax.block_until_ready(metrics)
                 guard.add(step, batch, metrics)

@@ -63,20 +63,20 @@ def compared(recipe: str, seed: int, rows: list[dict[str, Any]], reference: dict
     return line
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
-    """Losses side by side, and below them what each recipe differs by from the first (means of 20 steps)."""
+def plot(lines: list[dict[str, Any]], reference: str, path: Path) -> None:
+    """Losses side by side, and below them what each recipe differs by from `reference` (means of 20 steps)."""
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    first = {line["seed"]: smooth(line["losses"]) for line in lines if line["recipe"] == lines[0]["recipe"]}
+    first = {line["seed"]: smooth(line["losses"]) for line in lines if line["recipe"] == reference}
     for line in lines:
         label = f"{line['recipe']}, seed {line['seed']}"
         losses = smooth(line["losses"])
         above.plot(losses, linewidth=1, label=label)
-        if line["recipe"] != lines[0]["recipe"] and line["seed"] in first:
+        if line["recipe"] != reference and line["seed"] in first:
             pairs = zip(losses, first[line["seed"]], strict=False)
             below.plot([100 * (ours / theirs - 1) for ours, theirs in pairs], linewidth=1, label=label)
     above.set(ylabel="loss per token (mean of 20 steps)", yscale="log")
-    below.set(xlabel="step", ylabel=f"% above {lines[0]['recipe']}")
+    below.set(xlabel="step", ylabel=f"% above {reference}")
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -125,21 +125,25 @@ def main() -> int:
     failures = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = {(seed, recipe): pool.submit(finished, recipe, seed) for seed in seeds for recipe in recipes}
-        for (seed, recipe), run in runs.items():
-            try:
-                rows = run.result()
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                print(f"error: {error}", file=sys.stderr)
-                failures += 1
-                continue
-            reference = next((line for line in lines if (line["seed"], line["recipe"]) == (seed, recipes[0])), None)
-            lines.append({**compared(recipe, seed, rows, reference), "jobs": options.jobs, **about})
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            short = {name: value for name, value in lines[-1].items() if name != "losses"}
-            print(json.dumps(short), flush=True)
+        try:
+            for (seed, recipe), run in runs.items():
+                try:
+                    rows = run.result()
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    failures += 1
+                    continue
+                same = (line for line in lines if (line["seed"], line["recipe"]) == (seed, recipes[0]))
+                lines.append({**compared(recipe, seed, rows, next(same, None)), "jobs": options.jobs, **about})
+                with options.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+                short = {name: value for name, value in lines[-1].items() if name != "losses"}
+                print(json.dumps(short), flush=True)
+        except BaseException:  # Ctrl-C ends the runs at work; those that wait must not take their places
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if lines:
-        plot(lines, options.plot)
+        plot(lines, recipes[0], options.plot)
     return 1 if failures else 0
 
 

@@ -71,6 +71,10 @@ def test_template_holds_exactly_the_keys_of_the_schema():
         assert list(source) == list(SourceConfig.__dataclass_fields__)
 
 
+# An example would switch profiling on, or want unrolled layers.
+WITHOUT_EXAMPLE = ("profile.start_step", "train.labelled_positions")
+
+
 def test_template_shows_the_defaults():
     config = load_config(ROOT / "configs" / "template.yaml")
     for name, _ in walk():
@@ -79,7 +83,7 @@ def test_template_shows_the_defaults():
             shown, default = getattr(shown, part), getattr(default, part)
         if default is not None and default != []:
             assert shown == default, name
-        elif name != "profile.start_step":  # an example would switch profiling on
+        elif name not in WITHOUT_EXAMPLE:
             assert shown, f"{name} has no default, so the template should show an example"
 
 
@@ -90,7 +94,7 @@ def test_template_comments_every_example():
         name.rpartition(".")[2]
         for name, item in walk()
         if name in ("data.train", "data.val", "data.length_buckets", "run.allow_changed")
-        or (item.default is None and name != "profile.start_step")
+        or (item.default is None and name not in WITHOUT_EXAMPLE)
     }
     assert examples == expected
 

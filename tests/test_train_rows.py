@@ -82,7 +82,7 @@ def test_a_packed_run_validates_each_sample_once(start, tmp_path):
 def test_a_run_with_shortcuts_has_the_losses_of_one_without(start, tmp_path):
     """Some rows have more labels than are asked for; a run that goes on ends as one that was not stopped."""
     frozen = ["model.llm.freeze=true", "data.val=[]", "train.micro_batch=2"]
-    shortcuts = ["train.constant_prefix=8", "train.labelled_positions=12"]
+    shortcuts = ["train.constant_prefix=8", "train.labelled_positions=12", "train.unroll=2"]
     assert start("plain", *frozen) == start("short", *frozen, *shortcuts) == 0
     plain, short = rows(tmp_path / "plain"), rows(tmp_path / "short")
     assert [row["loss"] for row in short] == pytest.approx([row["loss"] for row in plain], rel=1e-4)

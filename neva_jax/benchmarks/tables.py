@@ -90,6 +90,7 @@ def memory(rows: list[Row]) -> str:
     """Peak memory per GPU against the number of layers; the workflow's finetune beside it."""
     lines = []
     fits = [row for row in rows if row.get("impl") == "neva_jax" and row.get("bench") == "train" and _of_7b(row)]
+    fits = [row for row in fits if not row.get("shortcuts")]
     fits = [row for row in fits if row["stage"] == "finetune" and (row.get("peak_gib") or "error" in row)]
     groups = sorted({_memory_group(row) for row in fits}) or [None]
     for group in groups:
@@ -199,7 +200,8 @@ def variants(rows: list[Row]) -> str:
             continue
         timing = f"{row['step_ms']:.1f} ({row['step_ms_p10']:.1f} … {row['step_ms_p90']:.1f})"
         compiled = f"{row['compile_s']:.0f}" if "compile_s" in row else ""
-        lines.append([*line, _tokens(row), timing, _rate(row), _gib(row), _percent(row["utilisation"]), compiled])
+        limit = "" if row.get("shortcuts") else _percent(row["utilisation"])  # of operations that it did not do
+        lines.append([*line, _tokens(row), timing, _rate(row), _gib(row), limit, compiled])
     head = "card | what | stage | model | precision | attention | setting | micro/global | tokens useful/computed | step, ms (p10 … p90) | samples/s | peak, GiB | of the limit | compiled in, s"  # noqa: E501
     return _table(head, lines or [[NOT_MEASURED, *[""] * 13]])
 

@@ -108,6 +108,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     chosen = list(itertools.product(*map(_values, options.sweep)))
     runs = [_with(options, values) for values in chosen]
     described = [describe(configuration(run, None)) for run in runs]  # for its errors, before minutes of measuring
+    if options.baseline and any(known["shortcuts"] for known in described):
+        raise UserError("--baseline: has neither train.labelled_positions nor train.constant_prefix")
     for values, run, known in zip(chosen, runs, described, strict=True):
         row = _isolated(run)
         if "error" in row:

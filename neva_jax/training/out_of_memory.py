@@ -10,6 +10,7 @@ from neva_jax.planning.knobs import knobs
 from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.report import RESERVED_GIB, heading, knob_table, memory_table, verdict
 from neva_jax.planning.speed import Machine, default_rate
+from neva_jax.training.host_memory import LIMIT
 from neva_jax.training.setup import with_vocabulary
 
 MARKS = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
@@ -31,6 +32,8 @@ def out_of_memory(config: Config, error: BaseException) -> RunError:
     reason = f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
     if isinstance(error, MemoryError):
         first = f"out of memory on the host ({reason}); fewer data.workers need less"
+    elif "host memory" in reason:
+        first = f"out of pinned memory on the host ({reason}); {LIMIT} is its limit in GiB"
     else:
         first = f"out of memory on the device ({reason})"
     return RunError("\n".join([f"{first}; what the run needs, and what would need less:", *_plan(config)]))

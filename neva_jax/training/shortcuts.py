@@ -11,7 +11,6 @@ the step, and the batch chooses. So no row needs to be checked beforehand.
 B rows, T tokens, L layers, G key/value heads, K head width.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.models.llama import LayerCache, empty_cache
 from neva_jax.parallel.mesh import replicated, ways_of
+from neva_jax.precision import fp8
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.setup import Parameters, abstract_parameters
 
@@ -51,7 +51,8 @@ def prefix_tokens(row: dict[str, np.ndarray], count: int) -> np.ndarray:
     most = int(np.argmin(np.append(plain, False)))
     if count > most:
         raise UserError(
-            f"train.constant_prefix={count}: the first training row has {most} tokens before its first image or label"
+            f"train.constant_prefix={count}: the first training row has {most} tokens before its first image or label; "
+            f"use at most {most}"
         )
     return np.asarray(row["tokens"][:count], np.int32)
 
@@ -59,15 +60,10 @@ def prefix_tokens(row: dict[str, np.ndarray], count: int) -> np.ndarray:
 def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.ndarray, quantize_frozen: bool) -> Prefix:
     """Keys and values of `tokens` [P] with the parameters of all components, on every device.
 
-    With FP8 they are computed by current scaling, whatever the recipe: delayed scaling has no past yet.
-
     Args:
       quantize_frozen: as in `abstract_parameters`; how `params` are held.
     """
-    if config.precision.compute == "fp8_delayed":
-        fp8 = dataclasses.replace(config.precision.fp8, backend="xla")
-        precision = dataclasses.replace(config.precision, compute="fp8_current", fp8=fp8)
-        config = dataclasses.replace(config, precision=precision)
+    options = fp8.compiler_options(fp8.recipe(config, mesh.size, quantize_frozen), config.train.unroll)
     graphdef, _ = abstract_parameters(config, mesh, quantize_frozen)
     rows, llm = ways_of(mesh, "batch"), config.model.llm  # one for each group of devices: a batch is split
 
@@ -78,9 +74,9 @@ def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.nd
         cache = empty_cache(llm, rows, len(tokens), compute_dtype(config.precision))
         return jax.tree.map(lambda a: a[:, 0], model.llm(x, positions, cache=cache)[1])
 
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(np.asarray(tokens), replicated(mesh))
-        return Prefix(placed, jax.jit(compute, out_shardings=replicated(mesh))(params, placed))
+    placed = jax.device_put(tokens, replicated(mesh))
+    run = jax.jit(compute, out_shardings=replicated(mesh), compiler_options=options)
+    return Prefix(placed, run(params, placed))
 
 
 def abstract_prefix(config: Config, mesh: Mesh) -> Prefix:
@@ -89,6 +85,12 @@ def abstract_prefix(config: Config, mesh: Mesh) -> Prefix:
     shape, dtype = (llm.num_layers, count, kv_heads(llm), head_dim(llm)), compute_dtype(config.precision)
     one = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     return Prefix(jax.ShapeDtypeStruct((count,), jnp.int32, sharding=place), LayerCache(one, one))
+
+
+def fewer(labelled: int | None, length: int, prefix: Prefix | None) -> int | None:
+    """`labelled`, or None where that is no fewer than rows of `length` tokens have without the prefix."""
+    left = length - (0 if prefix is None else len(prefix.tokens))
+    return labelled if labelled is not None and labelled < left else None
 
 
 def fits(micro: Arrays, prefix: Prefix | None, labelled: int | None) -> jax.Array:

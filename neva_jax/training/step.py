@@ -20,7 +20,7 @@ from neva_jax.precision.fp8 import State as Fp8State
 from neva_jax.training import ema
 from neva_jax.training.guard import GOOD, GuardState, judge
 from neva_jax.training.loss import weighted_nll
-from neva_jax.training.shortcuts import Prefix, fits, labelled_positions, without_prefix
+from neva_jax.training.shortcuts import Prefix, fewer, fits, labelled_positions, without_prefix
 
 Parameters = dict[str, Any]
 Arrays = dict[str, jax.Array]
@@ -59,7 +59,7 @@ def batch_nll(
     model = nnx.merge(graphdef, params)
     micro = micro if prefix is None else without_prefix(micro, prefix)
     targets, weights, wanted = micro["targets"], micro["loss_weights"], None
-    if labelled is not None and labelled < weights.shape[1]:
+    if labelled is not None:
         wanted = labelled_positions(weights, labelled)
         targets, weights = (jnp.take_along_axis(array, wanted, axis=1) for array in (targets, weights))
     cache = None if prefix is None else prefix.cache
@@ -88,7 +88,8 @@ def gradients(
     states = {} if states is None else states
     weights = jnp.sum(batch["loss_weights"])
     weights = jnp.where(weights == 0, 1, weights)
-    count = batch["tokens"].shape[0]
+    count, _, length = batch["tokens"].shape
+    labelled = fewer(labelled, length, prefix)
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
     def micro_loss(trained: Parameters, states: Fp8State, part: Part, *shortcuts: Any) -> jax.Array:
@@ -130,7 +131,7 @@ def make_train_step(
     layout: TrainState | None = None,
     apply_updates: Callable[[Parameters, Parameters], Parameters] = optax.apply_updates,
     labelled: int | None = None,
-) -> Callable[[TrainState, Parameters, Arrays], tuple[TrainState, Arrays]]:
+) -> Callable[[TrainState, Parameters, Arrays, Prefix | None], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
     A step that the guard does not find good changes nothing but the number of steps (training/guard.py).
@@ -164,7 +165,8 @@ def make_train_step(
         lr = schedule(state.step - state.guard.skipped)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
         if prefix is not None or labelled is not None:
-            metrics["short"] = jnp.mean(jax.vmap(lambda micro: fits(micro, prefix, labelled))(batch), dtype=jnp.float32)
+            asked = fewer(labelled, batch["tokens"].shape[-1], prefix)
+            metrics["short"] = jnp.mean(jax.vmap(lambda micro: fits(micro, prefix, asked))(batch), dtype=jnp.float32)
         return after, metrics
 
     place = {} if layout is None else {"out_shardings": (layout, None)}

@@ -47,9 +47,9 @@ def watched(monkeypatch):
     def make(*arguments):
         step = real(*arguments)
 
-        def train_step(state, frozen, batch):
+        def train_step(state, *given):
             before = jax.device_get(state)
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, *given)
             seen.append((before, jax.device_get(state), jax.device_get(metrics)))
             return state, metrics
 

@@ -16,7 +16,7 @@ def machine(monkeypatch, tmp_path):
         if container is not None:
             (tmp_path / "memory.max").write_text(container)
         environment = {} if environment is None else environment
-        host_memory.allow_large_saves(environment, (tmp_path / "memory.max", tmp_path / "absent"))
+        host_memory.allow_large_saves(environment, tmp_path)
         return environment
 
     return limit
@@ -37,6 +37,20 @@ def test_xlas_own_limit_is_not_lowered(machine, gib, container):
 
 def test_a_limit_that_is_set_stands(machine):
     assert machine(256, None, {host_memory.LIMIT: "16"}) == {host_memory.LIMIT: "16"}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_smallest_limit_of_all_groups_around_a_process(tmp_path, version):
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    name = {1: "memory.limit_in_bytes", 2: "memory.max"}[version]
+    (top / "slurm" / "job_7" / "step_0").mkdir(parents=True)
+    (top / "slurm" / "job_7" / name).write_text(f"{100 * GIB}")
+    (top / "slurm" / "job_7" / "step_0" / name).write_text(f"{2**63 - 4096}" if version == 1 else "max")
+    own = tmp_path / "own"
+    own.write_text("4:cpu:/other\n" + {1: "3:memory:", 2: "0::"}[version] + "/slurm/job_7/step_0\n")
+    found = [host_memory._limit(file) for file in host_memory._files(tmp_path, own)]
+    assert min(found) == 100 * GIB
+    assert len([limit for limit in found if limit < float("inf")]) == (2 if version == 1 else 1)
 
 
 def test_this_machine_can_be_asked():
