@@ -387,8 +387,6 @@ def _check_shortcuts(config: Config) -> None:
             "data.pack=true": config.data.pack,
             "model.llm.rope_scaling=dynamic": llm.rope_scaling == "dynamic",
             "dropout in model.llm": dropout,
-            # Whole batches and validation would take scales of a past without it.
-            "precision.compute=fp8_delayed": config.precision.compute == "fp8_delayed",
         }
         _refuse("train.constant_prefix", train.constant_prefix, reasons, "0")
         shortest = min([*config.data.length_buckets, config.data.max_length])

@@ -360,7 +360,7 @@ class TrainConfig:
     constant_prefix: int = key(
         0,
         "Tokens that all rows begin with, as the system text does: with a frozen language model, their keys and values "
-        "are computed once. Batches that begin otherwise are computed whole. Not with fp8_delayed.",
+        "are computed once. Batches that begin otherwise are computed whole.",
     )
 
 

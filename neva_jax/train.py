@@ -56,7 +56,7 @@ from neva_jax.training.setup import (
     verify_sources,
     with_vocabulary,
 )
-from neva_jax.training.shortcuts import compute_prefix, prefix_tokens
+from neva_jax.training.shortcuts import compute_prefix, prefix_tokens, whole_graphdef
 from neva_jax.training.signals import StopRequest
 from neva_jax.training.step import TrainState, layout_of, make_eval_step, make_train_step
 from neva_jax.training.validation import Validation
@@ -247,14 +247,15 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
         judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
         options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
+        whole = whole_graphdef(config, mesh, quantize_frozen)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *(*judged_by, options, layout_of(state), apply_updates, config.train.labelled_positions),
+            *(*judged_by, options, layout_of(state), apply_updates, config.train.labelled_positions, whole),
         )
         validation = None
         if val_rows is not None:
             validation = Validation(
-                make_eval_step(graphdef, chunk, packed, options),
+                make_eval_step(graphdef if whole is None else whole, chunk, packed, options),
                 val_rows,
                 val_plans,
                 BadRowCount(val_rows, config.data, "val", known_bad),

@@ -31,7 +31,7 @@ if [[ $gpus -eq 1 ]]; then
   pretrain "${one[@]}" --tokens 320
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
   pretrain "${one[@]}" "${prefix[@]}"
-  pretrain "${one[@]}" "${prefix[@]}" --precision fp8_current
+  pretrain "${one[@]}" "${prefix[@]}" "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 train.labelled_positions=64
   pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --baseline hf

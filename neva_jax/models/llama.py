@@ -295,7 +295,8 @@ class Llama(nnx.Module):
           segment_ids: [B, T] i32, or None for one segment per row.
           cache: [L, B, S, G, K] keys and values, or None.
           rng: the key of dropout; None: no dropout.
-          states: what the FP8 layers remember (`precision.fp8.State`); None or {} where they need nothing.
+          states: what the FP8 layers remember (`precision.fp8.State`); None or {} where they need nothing. Current
+            scaling does not read it.
           prefix: [L, P, G, K] keys and values of tokens before x, the same in every row; without cache and segments.
           wanted: [B, N] i32, the positions of each row whose hidden states are asked for; None: all. No cache then.
 
@@ -308,7 +309,7 @@ class Llama(nnx.Module):
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
         x = constrain_stream(x, self.sequence_parallel)
-        caches, scales = [], fp8.scales(self.recipe, states) if states else None
+        caches, scales = [], fp8.scales(self.recipe, states) if states and self.recipe.delayed else None
         for stack, span, bounds, recipe in self._spans(last_alone=wanted is not None):
             in_fp8 = None if recipe is None else _cut(scales, *(layer - recipe.first for layer in bounds))
             own = (*_cut((cache, layer_rngs, prefix), *bounds), in_fp8)

@@ -18,7 +18,7 @@ from neva_jax.precision import fp8
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
-from neva_jax.training.shortcuts import abstract_prefix
+from neva_jax.training.shortcuts import abstract_prefix, whole_graphdef
 from neva_jax.training.step import TrainState, layout_of, make_train_step
 
 
@@ -102,6 +102,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
         layout=layout_of(state),
         apply_updates=apply_updates,
         labelled=config.train.labelled_positions,
+        whole_graphdef=whole_graphdef(config, mesh),
     )
     prefix = abstract_prefix(config, mesh) if config.train.constant_prefix else None
     batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)

@@ -11,6 +11,7 @@ the step, and the batch chooses. So no row needs to be checked beforehand.
 B rows, T tokens, L layers, G key/value heads, K head width.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -60,11 +61,13 @@ def prefix_tokens(row: dict[str, np.ndarray], count: int) -> np.ndarray:
 def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.ndarray, quantize_frozen: bool) -> Prefix:
     """Keys and values of `tokens` [P] with the parameters of all components, on every device.
 
+    In FP8 by current scaling (`whole_graphdef`).
+
     Args:
       quantize_frozen: as in `abstract_parameters`; how `params` are held.
     """
     options = fp8.compiler_options(fp8.recipe(config, mesh.size, quantize_frozen), config.train.unroll)
-    graphdef, _ = abstract_parameters(config, mesh, quantize_frozen)
+    graphdef, _ = abstract_parameters(by_current_scaling(config), mesh, quantize_frozen)
     rows, llm = ways_of(mesh, "batch"), config.model.llm  # one for each group of devices: a batch is split
 
     def compute(params: Parameters, tokens: jax.Array) -> LayerCache:
@@ -77,6 +80,27 @@ def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.nd
     placed = jax.device_put(tokens, replicated(mesh))
     run = jax.jit(compute, out_shardings=replicated(mesh), compiler_options=options)
     return Prefix(placed, run(params, placed))
+
+
+def by_current_scaling(config: Config) -> Config:
+    """The configuration, with `fp8_current` in place of `fp8_delayed`: parameters stay what they are."""
+    if config.precision.compute != "fp8_delayed":
+        return config
+    backend = "xla" if config.precision.fp8.backend == "xla" else "auto"  # Transformer Engine's serves one device
+    settings = dataclasses.replace(config.precision.fp8, backend=backend)
+    precision = dataclasses.replace(config.precision, compute="fp8_current", fp8=settings)
+    return dataclasses.replace(config, precision=precision)
+
+
+def whole_graphdef(config: Config, mesh: Mesh, quantize_frozen: bool = True) -> nnx.GraphDef | None:
+    """The model for batches that hold the prefix, validation's too; None: the model of the step.
+
+    Delayed scaling would quantize the prefix with the scales of steps that never saw it, and what a Llama computes for
+    its first tokens is larger than anything later (Sun et al., Massive Activations, 2024).
+    """
+    if not config.train.constant_prefix or config.precision.compute != "fp8_delayed":
+        return None
+    return abstract_parameters(by_current_scaling(config), mesh, quantize_frozen)[0]
 
 
 def abstract_prefix(config: Config, mesh: Mesh) -> Prefix:

@@ -9,6 +9,7 @@ that is chosen, so nothing that the other would keep is made.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,12 +79,14 @@ def gradients(
     states: Fp8State | None = None,
     prefix: Prefix | None = None,
     labelled: int | None = None,
+    whole_graphdef: nnx.GraphDef | None = None,
 ) -> tuple[jax.Array, Parameters, Fp8State]:
     """Mean token loss of the global batch (arrays [A, B, ...]), gradients of the trained parameters, FP8's new state.
 
     The first two are 0 where nothing is supervised. Micro batch a drops out by the key fold_in(rng, a); rng None: no
     dropout. The FP8 state's "gradient" is its new value: it is handed from micro batch to micro batch, never added.
-    prefix, labelled: shortcuts for the micro batches that fit them.
+    prefix, labelled: shortcuts for the micro batches that fit them. whole_graphdef: of the model for the others, if it
+    is another one (`training.shortcuts.whole_graphdef`); the FP8 state then stays as it is.
     """
     states = {} if states is None else states
     weights = jnp.sum(batch["loss_weights"])
@@ -92,18 +95,23 @@ def gradients(
     labelled = fewer(labelled, length, prefix)
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
-    def micro_loss(trained: Parameters, states: Fp8State, part: Part, *shortcuts: Any) -> jax.Array:
-        micro, rng = part
-        return batch_nll(graphdef, {**frozen, **trained}, micro, chunk, packed, rng, states, *shortcuts) / weights
+    def micro_gradients(graph: nnx.GraphDef, shortcuts: tuple, *given: Any) -> tuple[jax.Array, Any]:
+        def micro_loss(trained: Parameters, states: Fp8State, part: Part) -> jax.Array:
+            micro, rng = part
+            return batch_nll(graph, {**frozen, **trained}, micro, chunk, packed, rng, states, *shortcuts) / weights
+
+        return jax.value_and_grad(micro_loss, argnums=(0, 1))(*given)
+
+    def whole(trained: Parameters, states: Fp8State, part: Part) -> tuple[jax.Array, Any]:
+        if whole_graphdef is None:
+            return micro_gradients(graphdef, (), trained, states, part)
+        loss, (grads, _) = micro_gradients(whole_graphdef, (), trained, states, part)
+        return loss, (grads, states)
 
     def differentiated(trained: Parameters, states: Fp8State, part: Part) -> tuple[jax.Array, Any]:
-        whole = jax.value_and_grad(micro_loss, argnums=(0, 1))
         if prefix is None and labelled is None:
             return whole(trained, states, part)
-
-        def short(*arguments: Any) -> tuple[jax.Array, Any]:
-            return whole(*arguments, prefix, labelled)
-
+        short = partial(micro_gradients, graphdef, (prefix, labelled))
         return jax.lax.cond(fits(part[0], prefix, labelled), short, whole, trained, states, part)
 
     def accumulate(total: tuple[jax.Array, Parameters, Fp8State], part: Part) -> tuple[Any, None]:
@@ -131,6 +139,7 @@ def make_train_step(
     layout: TrainState | None = None,
     apply_updates: Callable[[Parameters, Parameters], Parameters] = optax.apply_updates,
     labelled: int | None = None,
+    whole_graphdef: nnx.GraphDef | None = None,
 ) -> Callable[[TrainState, Parameters, Arrays, Prefix | None], tuple[TrainState, Arrays]]:
     """The compiled step: (state, frozen, batch [A, B, ...]) -> (new state, metrics); the old state is given away.
 
@@ -140,8 +149,10 @@ def make_train_step(
     function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
     `compiler_options`: XLA's (`precision.fp8.compiler_options`). `layout`: where the new state lies, as `layout_of` the
     old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device. `apply_updates`: adds
-    updates to the parameters (`training.setup.place_updates`). `labelled`, and a `Prefix` as the step's
-    fourth argument, are shortcuts; with one the metrics have `short`, the part of the micro batches that took it.
+    updates to the parameters (`training.setup.place_updates`).
+
+    `labelled`, and a `Prefix` as the step's fourth argument, are shortcuts, and `whole_graphdef` is the model of what
+    does not fit them (`gradients`). With one, the metrics have `short`, the part of the micro batches that took it.
     """
 
     def train_step(
@@ -149,7 +160,8 @@ def make_train_step(
     ) -> tuple[TrainState, Arrays]:
         rng = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         loss, grads, states = gradients(
-            graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8, prefix, labelled
+            *(graphdef, state.trained, frozen, batch, chunk, packed, rng, state.fp8),
+            *(prefix, labelled, whole_graphdef),
         )
         norm, weights = optax.global_norm(grads), jnp.sum(batch["loss_weights"])
         verdict, guard = judge(state.guard, loss, norm, weights, spike_factor)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,14 @@ from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import place_batch
 from neva_jax.training.setup import abstract_parameters, as_held, initial_fp8_state, initialise_parameters
-from neva_jax.training.shortcuts import abstract_prefix, compute_prefix, fits, labelled_positions, prefix_tokens
+from neva_jax.training.shortcuts import (
+    abstract_prefix,
+    compute_prefix,
+    fits,
+    labelled_positions,
+    prefix_tokens,
+    whole_graphdef,
+)
 from neva_jax.training.step import gradients
 from tests.training.layouts import LENGTH, ROWS, VOCAB, Layout, batch
 
@@ -54,7 +62,7 @@ def config_of(layout, precision=None, llm=None, **train):
 
 
 def compute(layout, arrays, prefix=False, labelled=None, precision=None, llm=None, **train):
-    """(loss, gradients) of a micro batch or several, and the prefix if one was used."""
+    """(loss, gradients) of a micro batch or several; and the prefix if one was used, FP8's state before and after."""
     config, mesh = config_of(layout, precision, llm, **train), layout.mesh
     graphdef, abstract = abstract_parameters(config, mesh)
     with jax.set_mesh(mesh):
@@ -62,16 +70,18 @@ def compute(layout, arrays, prefix=False, labelled=None, precision=None, llm=Non
         trained, frozen = (
             {name: params[name] for name in names(config.model)} for names in (trained_components, frozen_components)
         )
-        shared = None
+        shared = whole = None
         if prefix:
             shared = compute_prefix(config, mesh, params, rows()["tokens"][0, :PREFIX], quantize_frozen=True)
+            whole = whole_graphdef(config_of(layout, precision, llm, constant_prefix=PREFIX, **train), mesh)
         run = jax.jit(
-            partial(gradients, graphdef, chunk=4, packed=layout.packed, labelled=labelled),
+            partial(gradients, graphdef, chunk=4, packed=layout.packed, labelled=labelled, whole_graphdef=whole),
             compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
         )
         placed = place_batch(mesh, arrays, layout.accumulate)
-        found = run(trained, frozen, placed, states=initial_fp8_state(config, mesh), prefix=shared)
-    return jax.tree.map(np.asarray, (found[0], found[1])), shared
+        before = initial_fp8_state(config, mesh)
+        loss, grads, after = run(trained, frozen, placed, states=before, prefix=shared)
+    return jax.tree.map(np.asarray, (loss, grads)), SimpleNamespace(prefix=shared, before=before, after=after)
 
 
 @cache
@@ -110,11 +120,11 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.shape)
 def test_both_shortcuts_give_the_loss_and_the_gradients_of_the_whole(layout):
-    short, shared = compute(layout, rows(), prefix=True, labelled=MOST)
+    short, more = compute(layout, rows(), prefix=True, labelled=MOST)
     assert_same(short, reference(), 2e-5)
     config = config_of(layout, constant_prefix=PREFIX)
     expected = abstract_prefix(config, layout.mesh)
-    for found, wanted in zip(jax.tree.leaves(shared), jax.tree.leaves(expected), strict=True):
+    for found, wanted in zip(jax.tree.leaves(more.prefix), jax.tree.leaves(expected), strict=True):
         assert (found.shape, found.dtype, found.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
 
 
@@ -142,9 +152,12 @@ def test_labelled_positions_while_the_language_model_is_trained(packed):
 
 @pytest.mark.parametrize(
     ("kind", "prefix", "unroll"),
-    [("fp8_delayed", False, 2), pytest.param("fp8_current", True, 1, marks=pytest.mark.thorough),
-     pytest.param("fp8_current", True, 2, marks=pytest.mark.thorough)],
-)  # fmt: skip
+    [
+        ("fp8_delayed", True, 2),
+        pytest.param("fp8_delayed", False, 1, marks=pytest.mark.thorough),
+        pytest.param("fp8_current", True, 1, marks=pytest.mark.thorough),
+    ],
+)
 def test_in_fp8_within_its_rounding(kind, prefix, unroll):
     """The gradients are no further from those of fp32 than FP8's are without the shortcuts."""
     layout = Layout("data=1", "pretrain")
@@ -206,11 +219,28 @@ def odd_rows():
 def test_a_batch_that_does_not_fit_is_computed_whole(name):
     layout, arrays = Layout("data=1", "pretrain", accumulate=4), odd_rows()[name]
     whole, _ = compute(layout, arrays)
-    short, shared = compute(layout, arrays, prefix=True, labelled=MOST)
+    short, more = compute(layout, arrays, prefix=True, labelled=MOST)
     assert_same(short, whole, 2e-5)
     parts = {key: array.reshape(4, -1, *array.shape[1:]) for key, array in arrays.items()}
-    taken = [bool(fits({key: array[i] for key, array in parts.items()}, shared, MOST)) for i in range(4)]
+    taken = [bool(fits({key: array[i] for key, array in parts.items()}, more.prefix, MOST)) for i in range(4)]
     assert taken == [False, True, True, True]  # row 3 is in the first of four micro batches
+
+
+def test_with_delayed_scaling_it_takes_scales_of_its_own():
+    """Those of past steps never saw the prefix, and the state goes on as if the batch had not been."""
+    layout, arrays, delayed = Layout("data=1", "pretrain"), odd_rows()["many"], FP8["fp8_delayed"]
+    expected, _ = compute(layout, arrays, precision=FP8["fp8_current"])
+    found, more = compute(layout, arrays, prefix=True, labelled=MOST, precision=delayed)
+    assert_same(found, expected, 1e-6)
+    assert jax.tree.leaves(more.before) and all(
+        np.array_equal(after, before)
+        for after, before in zip(jax.tree.leaves(more.after), jax.tree.leaves(more.before), strict=True)
+    )
+    _, more = compute(layout, rows(), prefix=True, labelled=MOST, precision=delayed)
+    assert not all(
+        np.array_equal(after, before)
+        for after, before in zip(jax.tree.leaves(more.after), jax.tree.leaves(more.before), strict=True)
+    )
 
 
 def test_positions_with_labels_come_first_in_their_order():
@@ -249,7 +279,6 @@ UNROLLED = {"train.labelled_positions": 4, "train.unroll": 2}
         ({"data.pack": True}, "data.pack=true"),
         ({"model.llm.rope_scaling": "dynamic", "model.llm.rope_original_length": 64}, "rope_scaling=dynamic"),
         ({"model.llm.attention_dropout": 0.1}, "constant_prefix=4 does not go with dropout in model.llm"),
-        ({"precision.compute": "fp8_delayed"}, "constant_prefix=4 does not go with precision.compute=fp8_delayed"),
         ({"train.constant_prefix": 29}, "leaves nothing of rows of 29 tokens"),
         ({"train.constant_prefix": -1}, "must not be negative"),
         ({"train.labelled_positions": 0}, "must be at least 1"),
