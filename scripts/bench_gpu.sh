@@ -68,15 +68,8 @@ else
   wait
   for mesh in data fsdp tensor; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 "${fp8[@]}"; done
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" "$sequence"
-  # What hides communication.
-  hidden() { pretrain --mesh-shape "fsdp=$gpus" --tokens 320 --layers 16 train.unroll=16; }
-  hidden
-  XLA_FLAGS=--xla_gpu_experimental_parallel_collective_overlap_limit=4 hidden
-  XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false hidden
-  XLA_FLAGS=--xla_gpu_all_gather_combine_threshold_bytes=268435456 hidden
-  finetune --mesh-shape "data=$gpus" "${unrolled[@]}" --micro-batch 4 mesh.zero1=true
-  for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" "${unrolled[@]}" --micro-batch 4; done
   finetune --mesh-shape "tensor=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
+  finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
   for mesh in data tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
   for mesh in data tensor fsdp; do
     pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2
@@ -84,6 +77,14 @@ else
   done
   trace=$(mktemp -d)
   for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
+  # What hides communication.
+  hidden() { pretrain --mesh-shape "fsdp=$gpus" --tokens 320 --layers 16 train.unroll=16; }
+  hidden
+  XLA_FLAGS=--xla_gpu_all_gather_combine_threshold_bytes=268435456 hidden
+  XLA_FLAGS=--xla_gpu_experimental_parallel_collective_overlap_limit=4 hidden
+  XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false hidden
+  finetune --mesh-shape "data=$gpus" "${unrolled[@]}" --micro-batch 4 mesh.zero1=true
+  for mesh in tensor fsdp; do finetune --mesh-shape "$mesh=$gpus" "${unrolled[@]}" --micro-batch 4; done
   for mesh in tensor fsdp data; do
     pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --global-batch $((32 * gpus)) --steps 100
   done
