@@ -120,13 +120,14 @@ def _check_tensor(config: Config, tensor: int) -> None:
             "train.micro_batch"
         )
     rows_divide = config.train.micro_batch % tensor == 0
-    for length in (config.data.max_length, *config.data.length_buckets):
-        if config.mesh.sequence_parallel and not rows_divide and length % tensor:
-            raise UserError(
-                f"data.max_length={length} (or data.length_buckets) is not divisible by the mesh axis tensor={tensor}, "
-                f"nor is train.micro_batch={config.train.micro_batch}, and mesh.sequence_parallel=true needs one of "
-                f"them; {nearest(length, tensor)} would do"
-            )
+    for whole in (config.data.max_length, *config.data.length_buckets):
+        for length in {whole, whole - config.train.constant_prefix}:
+            if config.mesh.sequence_parallel and not rows_divide and length % tensor:
+                raise UserError(
+                    f"data.max_length={length} (or data.length_buckets, less train.constant_prefix) is not divisible "
+                    f"by the mesh axis tensor={tensor}, nor is train.micro_batch={config.train.micro_batch}, and "
+                    f"mesh.sequence_parallel=true needs one of them; {nearest(length, tensor)} would do"
+                )
 
 
 _AT_LEAST_ONE = """

@@ -202,12 +202,13 @@ def describe(config: Config, devices: int, stored: bool) -> str:
     kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
     layers = f"{fp8.layers} linear layers" if fp8.layers == "all" else f"linear layers of the {fp8.layers}"
     weights = ("quantized once" if stored else "quantized in every step") if llm.freeze else "trained"
-    rows, length = config.train.micro_batch, config.data.max_length
+    rows, prefix = config.train.micro_batch, config.train.constant_prefix
+    length = config.data.max_length - prefix
     padded = ""
     if rows * length % 16:
         padded = (
             f"; each product is padded and cut, because {rows} rows of {length} tokens are no multiple of 16: "
-            f"data.max_length={-(-length // 16) * 16} would be one"
+            f"data.max_length={-(-length // 16) * 16 + prefix} would be one"
         )
     return (
         f"fp8: {backend} backend ({why}), {fp8.format}, {scaling}, {layers} of {llm.num_layers - kept} of "

@@ -391,3 +391,8 @@ def test_what_the_log_says():
     assert fp8.describe(odd, 1, True).endswith(
         "3 rows of 2418 tokens are no multiple of 16: data.max_length=2432 would be one"
     )
+    short = TrainConfig(micro_batch=3, global_batch=3, constant_prefix=7)
+    odd = dataclasses.replace(odd, train=short)
+    assert fp8.describe(odd, 1, True).endswith(
+        "3 rows of 2411 tokens are no multiple of 16: data.max_length=2423 would be one"
+    )

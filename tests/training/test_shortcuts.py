@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neva_jax.checks import check_numbers
+from neva_jax.checks import check_mesh, check_numbers
 from neva_jax.config import Fp8Config, PrecisionConfig
 from neva_jax.derived import frozen_components, trained_components
 from neva_jax.errors import UserError
@@ -169,6 +169,15 @@ def test_in_fp8_within_its_rounding(kind, prefix, unroll):
     assert np.linalg.norm(ours - wanted) < 1.3 * np.linalg.norm(theirs - wanted)
 
 
+def test_in_bf16_within_a_hundredth():
+    layout, bf16 = Layout("data=1", "pretrain"), PrecisionConfig(compute="bf16")
+    whole, _ = compute(layout, rows(), precision=bf16)
+    short, _ = compute(layout, rows(), prefix=True, labelled=MOST, precision=bf16)
+    ours, theirs, exact = (flat(gradients) for _, gradients in (short, whole, reference()))
+    assert np.linalg.norm(theirs - exact) > 1e-3 * np.linalg.norm(exact)  # it is bf16
+    assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
+
+
 @pytest.mark.parametrize(
     "llm",
     [
@@ -267,6 +276,16 @@ def test_a_prefix_is_text_without_labels():
     for name, value in (("image_slots", 0), ("loss_weights", 1.0), ("segment_ids", 0)):
         with pytest.raises(UserError, match=r"train.constant_prefix=5: .* has 3 tokens before .*use at most 3"):
             prefix_tokens(row(**{name: (3, value)}), PREFIX)
+
+
+@pytest.mark.parametrize("length", [32, 32 + PREFIX])
+def test_sequence_parallelism_splits_what_is_left_of_a_row(length):
+    config = config_of(Layout("tensor=8", "pretrain", sequence_parallel=True), constant_prefix=PREFIX)
+    config = _with(config, ["data", "max_length"], length)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 8}
+    assert check_mesh(config, sizes) == 1  # rows are split: 16 of them
+    with pytest.raises(UserError, match=r"less train\.constant_prefix\) is not divisible by the mesh axis tensor=8"):
+        check_mesh(_with(config, ["train", "micro_batch"], 4), sizes)
 
 
 UNROLLED = {"train.labelled_positions": 4, "train.unroll": 2}
