@@ -28,7 +28,7 @@ from neva_jax.models import attention
 from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
 from neva_jax.parallel.peers import ALONE, Peers
 from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
-from neva_jax.precision import fp8
+from neva_jax.precision import fp8_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training import ema
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
@@ -227,7 +227,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         log.say(_summary(config, sizes, accumulate, abstract, train_rows))
         log.say(attention.describe(config.model, compute_dtype(config.precision), config.data.pack, mesh.size))
         if config.precision.compute.startswith("fp8"):
-            log.say(fp8.describe(config, mesh.size, config.precision.fp8.quantize_frozen and quantize_frozen))
+            log.say(fp8_recipe.describe(config, mesh.size, config.precision.fp8.quantize_frozen and quantize_frozen))
 
         # --- the rows, and the programs that they feed
         for line in said:
@@ -246,7 +246,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         packed, chunk = config.data.pack, config.train.loss_chunk
         guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
         judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
-        options = fp8.compiler_options(fp8.recipe(config, mesh.size), config.train.unroll)
+        options = fp8_recipe.compiler_options(fp8_recipe.make_recipe(config, mesh.size), config.train.unroll)
         whole = whole_graphdef(config, mesh, quantize_frozen)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),

@@ -31,7 +31,7 @@ from neva_jax.planning.compiled import Compiled, compile_step
 from neva_jax.planning.flops import flops_per_row
 from neva_jax.planning.memory import GIB, estimate
 from neva_jax.planning.speed import default_rate
-from neva_jax.precision.fp8 import choose_backend
+from neva_jax.precision.fp8_recipe import choose_backend
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import make_optimizer

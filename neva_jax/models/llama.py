@@ -24,6 +24,7 @@ from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
 from neva_jax.models.rotary import rotary_angles, rotate, split_rotated
 from neva_jax.parallel.mesh import constrain, constrain_stream, spread
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import Recipe
 
 
 class LayerCache(NamedTuple):
@@ -34,7 +35,7 @@ class LayerCache(NamedTuple):
 
 
 # A run of equal layers: (its stack, the part of it or None for all, layers of the model, recipe)
-Span = tuple["Block", tuple[int, int] | None, tuple[int, int], fp8.Recipe | None]
+Span = tuple["Block", tuple[int, int] | None, tuple[int, int], Recipe | None]
 
 
 class Block(nnx.Module):
@@ -94,7 +95,7 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: LayerCache | None = None,
         rng: jax.Array | None = None,
-        recipe: fp8.Recipe | None = None,
+        recipe: Recipe | None = None,
         scales: fp8.Scales | None = None,
         prefix: LayerCache | None = None,
         wanted: jax.Array | None = None,
@@ -206,7 +207,7 @@ class Block(nnx.Module):
         )
         return attended, None
 
-    def _fp8_mlp(self, recipe: fp8.Recipe, x: jax.Array, site: Callable, rng: jax.Array | None) -> jax.Array:
+    def _fp8_mlp(self, recipe: Recipe, x: jax.Array, site: Callable, rng: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D] without the last bias; in one piece where nothing stands between the casts."""
         config, norm = self.config, (self.mlp_norm.scale[...], self.config.norm_eps)
         (gate_up, gate_up_scales), (down, down_scales) = site("gate_up"), site("down")
@@ -254,7 +255,7 @@ class Llama(nnx.Module):
         remat: Remat = NO_REMAT,
         unroll: int = 1,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
-        recipe: fp8.Recipe | None = None,
+        recipe: Recipe | None = None,
     ):
         rows, init = padded_vocab(config), normal(config.init_std)
         self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)

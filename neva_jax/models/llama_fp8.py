@@ -21,6 +21,7 @@ from neva_jax.config import LlmConfig
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.models.layers import param
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import Recipe
 
 PARAMETERS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # dimensions of *K
@@ -75,7 +76,7 @@ def holds_stored(llm: dict[str, Any]) -> bool:
     return any(is_stored(stack) for stack in llm.values() if isinstance(stack, dict))
 
 
-def stacks(recipe: fp8.Recipe | None, total: int) -> dict[str, tuple[int, int, fp8.Recipe | None]]:
+def stacks(recipe: Recipe | None, total: int) -> dict[str, tuple[int, int, Recipe | None]]:
     """The stacks of equal layers that hold a language model's `total`: name -> (first, last + 1, their recipe).
 
     One (`layers`), unless kernels are stored in FP8: layers that stay in bf16 are then stacks of their own
@@ -90,7 +91,7 @@ def stacks(recipe: fp8.Recipe | None, total: int) -> dict[str, tuple[int, int, f
     return {name: part for name, part in found.items() if part[0] < part[1]}
 
 
-def quantized(llm: dict[str, Any], recipe: fp8.Recipe) -> dict[str, Any]:
+def quantized(llm: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """A language model's parameters with one stack `layers` -> with the kernels of the recipe's sites in FP8.
 
     The stacks are those of `stacks`.

@@ -21,6 +21,7 @@ from neva_jax.models.projector import Projector
 from neva_jax.models.vision import Vision
 from neva_jax.parallel.mesh import constrain
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import Recipe
 from neva_jax.precision.policy import compute_dtype
 
 NEWLINE_SLOT = -2
@@ -37,7 +38,7 @@ class Neva(nnx.Module):
         remat: Remat = NO_REMAT,
         unroll: int = 1,
         mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
-        recipe: fp8.Recipe | None = None,
+        recipe: Recipe | None = None,
         segments: int = 1,
         devices: int = 1,
     ):
@@ -103,7 +104,7 @@ def abstract_model(
     remat: Remat = NO_REMAT,
     unroll: int = 1,
     mesh: MeshConfig = MeshConfig(),  # noqa: B008 (it is frozen)
-    recipe: fp8.Recipe | None = None,
+    recipe: Recipe | None = None,
     segments: int = 1,
     devices: int = 1,
 ) -> tuple[nnx.GraphDef, nnx.State]:

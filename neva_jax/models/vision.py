@@ -14,6 +14,7 @@ from neva_jax.models.attention import attend
 from neva_jax.models.layers import LayerNorm, Remat, normal, param, scan_layers
 from neva_jax.parallel.mesh import constrain
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import Recipe
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -32,7 +33,7 @@ class VisionBlock(nnx.Module):
         layers: int | None = None,
         split: bool = True,
         backend: str = "xla",
-        recipe: fp8.Recipe | None = None,
+        recipe: Recipe | None = None,
     ):
         d, h, f = config.hidden_size, config.num_heads, config.intermediate_size
         heads, self.mlp, self.images = ("heads", "mlp", "batch") if split else (None, None, "images")
@@ -99,7 +100,7 @@ class Vision(nnx.Module):
         remat: Remat,
         split: bool = True,
         backend: str = "xla",
-        recipe: fp8.Recipe | None = None,
+        recipe: Recipe | None = None,
     ):
         d, p = config.hidden_size, config.patch_size
         patches = ((config.position_image_size or config.image_size) // p) ** 2

@@ -15,6 +15,7 @@ from neva_jax.parallel.mesh import make_mesh, replicated
 from neva_jax.parallel.target import compiling_for, described_gpus, target_devices
 from neva_jax.planning.trace import batch_shapes
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
 from neva_jax.training.guard import guard_state
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
@@ -87,7 +88,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer, apply_updates = place_updates(optimizer, trained, config.mesh.zero1)
-    recipe = fp8.recipe(config, mesh.size)
+    recipe = make_recipe(config, mesh.size)
     scales = jax.eval_shape(lambda: fp8.initial_state(recipe, trained=not config.model.llm.freeze))
     numbers = everywhere((np.int32(0), guard_state(config.guard, None), scales))
     state = TrainState(numbers[0], trained, moments, numbers[1], fp8=numbers[2])
@@ -98,7 +99,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     step = make_train_step(
         *(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config)),
         *judged_by,
-        compiler_options=fp8.compiler_options(recipe, config.train.unroll),
+        compiler_options=compiler_options(recipe, config.train.unroll),
         layout=layout_of(state),
         apply_updates=apply_updates,
         labelled=config.train.labelled_positions,

@@ -22,6 +22,7 @@ from neva_jax.models.llama_fp8 import holds_stored, is_stored, quantized
 from neva_jax.models.neva import abstract_model, random_parameters
 from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import make_recipe
 from neva_jax.precision.policy import frozen_dtype
 from neva_jax.training.checkpoint import available_components, locate, read_meta, verify
 from neva_jax.training.manifest import Level
@@ -65,7 +66,7 @@ def abstract_parameters(config: Config, mesh: Mesh, quantize_frozen: bool = True
       UserError: a dimension that the mesh does not divide.
     """
     remat = Remat(config.train.remat, config.train.remat_method, config.train.remat_layers)
-    recipe = fp8.recipe(config, mesh.size, quantize_frozen)
+    recipe = make_recipe(config, mesh.size, quantize_frozen)
     segments = most_segments(config.data)
     graphdef, state = abstract_model(
         config.model, config.precision, remat, config.train.unroll, config.mesh, recipe, segments, mesh.size
@@ -234,7 +235,7 @@ def as_held(config: Config, params: Parameters, abstract: Parameters) -> Paramet
         return params
     mesh = jax.tree.leaves(abstract["llm"])[0].sharding.mesh
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract["llm"])
-    convert = jax.jit(partial(quantized, recipe=fp8.recipe(config, mesh.size)), out_shardings=layout, donate_argnums=0)
+    convert = jax.jit(partial(quantized, recipe=make_recipe(config, mesh.size)), out_shardings=layout, donate_argnums=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers")  # bf16 cannot become FP8 in place
         return {**params, "llm": convert(params["llm"])}
@@ -242,7 +243,7 @@ def as_held(config: Config, params: Parameters, abstract: Parameters) -> Paramet
 
 def initial_fp8_state(config: Config, mesh: Mesh) -> fp8.State:
     """The FP8 state of a fresh run, on every device; {} where the recipe has none."""
-    state = fp8.initial_state(fp8.recipe(config, mesh.size), trained=not config.model.llm.freeze)
+    state = fp8.initial_state(make_recipe(config, mesh.size), trained=not config.model.llm.freeze)
     return jax.device_put(state, replicated(mesh))
 
 

@@ -25,7 +25,7 @@ from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.models.llama import LayerCache, empty_cache
 from neva_jax.parallel.mesh import replicated, ways_of
-from neva_jax.precision import fp8
+from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.setup import Parameters, abstract_parameters
 
@@ -66,7 +66,7 @@ def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.nd
     Args:
       quantize_frozen: as in `abstract_parameters`; how `params` are held.
     """
-    options = fp8.compiler_options(fp8.recipe(config, mesh.size, quantize_frozen), config.train.unroll)
+    options = compiler_options(make_recipe(config, mesh.size, quantize_frozen), config.train.unroll)
     graphdef, _ = abstract_parameters(by_current_scaling(config), mesh, quantize_frozen)
     rows, llm = ways_of(mesh, "batch"), config.model.llm  # one for each group of devices: a batch is split
 

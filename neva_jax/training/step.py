@@ -147,9 +147,9 @@ def make_train_step(
 
     Metrics: `loss`, `grad_norm` (before clipping) and `lr`, f32 scalars, and the guard's `verdict`, i32. Dropout is a
     function of (`dropout_seed`, step, micro batch, layer), so a resumed run repeats it; None for a model without.
-    `compiler_options`: XLA's (`precision.fp8.compiler_options`). `layout`: where the new state lies, as `layout_of` the
-    old one: left to itself, XLA would put a copy of all of it on each GPU. None: one device. `apply_updates`: adds
-    updates to the parameters (`training.setup.place_updates`).
+    `compiler_options`: XLA's (`precision.fp8_recipe`). `layout`: where the new state lies, as `layout_of` the old one:
+    left to itself, XLA would put a copy of all of it on each GPU. None: one device. `apply_updates`: adds updates to
+    the parameters (`training.setup.place_updates`).
 
     `labelled`, and a `Prefix` as the step's fourth argument, are shortcuts, and `whole_graphdef` is the model of what
     does not fit them (`gradients`). With one, the metrics have `short`, the part of the micro batches that took it.

@@ -16,6 +16,7 @@ from neva_jax.config import LlmConfig
 from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.parallel.mesh import constrain_stream, make_mesh
 from neva_jax.precision import fp8, fp8_pallas, te
+from neva_jax.precision.fp8_recipe import SITES, Recipe, compiler_options
 
 BACKENDS = ("xla", "te")
 B, T, D, F, H, K = 4, 128, 256, 512, 4, 64
@@ -26,7 +27,7 @@ MLP_FORWARD, MLP_GRADIENT = 0.08, {jnp.float8_e5m2: 0.12, jnp.float8_e4m3fn: 0.1
 def _recipe(backend, delayed, gradient=jnp.float8_e5m2, stored=False):
     if backend == "te" and te.problem() is not None:
         pytest.skip(te.problem())
-    return fp8.Recipe(delayed, gradient, 0, 16, "max", fp8.SITES["all"], 0, 1, stored, False, False, False, backend)
+    return Recipe(delayed, gradient, 0, 16, "max", SITES["all"], 0, 1, stored, False, False, False, backend)
 
 
 def _normal(seed, *shape):
@@ -41,7 +42,7 @@ def _off(a, b):
 def _run(function, arguments, states, recipe, g):
     """(y, gradients of `arguments`, state) after three steps of the state."""
 
-    @partial(jax.jit, compiler_options=fp8.compiler_options(recipe, 1))
+    @partial(jax.jit, compiler_options=compiler_options(recipe, 1))
     def step(arguments, states, g):
         def call(arguments, states):
             scales = fp8.scales(recipe, states) if states else {}

@@ -16,11 +16,12 @@ from neva_jax.models.llama_fp8 import stacks
 from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.parallel.mesh import constrain_stream, make_mesh
 from neva_jax.precision import fp8, fp8_xla, te
+from neva_jax.precision.fp8_recipe import SITES, Recipe, describe, make_recipe
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
 B, T, D, F = 2, 5, 16, 24
-CURRENT = fp8.Recipe(False, jnp.float8_e5m2, 0, 4, "max", fp8.SITES["all"], 0, 1, False, False, False, False, "xla")
+CURRENT = Recipe(False, jnp.float8_e5m2, 0, 4, "max", SITES["all"], 0, 1, False, False, False, False, "xla")
 DELAYED = dataclasses.replace(CURRENT, delayed=True)
 
 
@@ -275,7 +276,7 @@ def test_a_history_of_one_and_non_finite_values():
 
 def test_what_has_a_state():
     assert fp8.initial_state(None, True) == fp8.initial_state(CURRENT, True) == {}
-    recipe = dataclasses.replace(DELAYED, sites=fp8.SITES["mlp"], first=2, last=7)
+    recipe = dataclasses.replace(DELAYED, sites=SITES["mlp"], first=2, last=7)
     state = fp8.initial_state(recipe, trained=False)
     assert {site: set(tensors) for site, tensors in state.items()} == {"gate_up": {"x", "grad"}, "down": {"x", "grad"}}
     assert {leaf.shape for leaf in jax.tree.leaves(state)} == {(5,), (5, 4)}
@@ -307,29 +308,29 @@ def test_scales_inside_the_product_change_its_rounding_alone(monkeypatch):
 
 
 def test_a_recipe_follows_the_configuration():
-    assert fp8.recipe(_config("bf16")) is None
-    recipe = fp8.recipe(_config(format="e4m3", margin=1, layers="attention", first_layers_bf16=1, last_layers_bf16=2))
+    assert make_recipe(_config("bf16")) is None
+    recipe = make_recipe(_config(format="e4m3", margin=1, layers="attention", first_layers_bf16=1, last_layers_bf16=2))
     assert recipe.delayed and recipe.stored and recipe.backend == "xla"
     assert (recipe.gradient, recipe.margin, recipe.history) == (jnp.float8_e4m3fn, 1, 1024)
     assert recipe.covers("qkv", "o") and not recipe.covers("down")
     assert (recipe.first, recipe.last) == (1, 6)
-    assert not fp8.recipe(_config(freeze=False)).stored
-    assert not fp8.recipe(_config(), quantize_frozen=False).stored
-    assert not fp8.recipe(_config(quantize_frozen=False)).stored
-    assert fp8.recipe(_config("fp8_current", margin=3)).margin == 0
+    assert not make_recipe(_config(freeze=False)).stored
+    assert not make_recipe(_config(), quantize_frozen=False).stored
+    assert not make_recipe(_config(quantize_frozen=False)).stored
+    assert make_recipe(_config("fp8_current", margin=3)).margin == 0
 
 
 def test_unrolled_frozen_layers_are_held_apart():
     frozen = dataclasses.replace(_config(first_layers_bf16=1), train=TrainConfig(unroll=7))
-    recipe = fp8.recipe(frozen)
+    recipe = make_recipe(frozen)
     assert recipe.apart
     layers = [(f"layers_{i}", (i, i + 1, recipe)) for i in range(1, 8)]
     assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), *layers]
-    recipe = fp8.recipe(dataclasses.replace(frozen, train=TrainConfig(unroll=6)))
+    recipe = make_recipe(dataclasses.replace(frozen, train=TrainConfig(unroll=6)))
     assert list(stacks(recipe, 8).items()) == [("first_layers", (0, 1, None)), ("layers", (1, 8, recipe))]
     grouped = TrainConfig(unroll=7, remat="full", remat_layers=7)  # recomputed from one input for several layers
-    assert not fp8.recipe(dataclasses.replace(frozen, train=grouped)).apart
-    trained = fp8.recipe(dataclasses.replace(frozen, model=_config(freeze=False).model))
+    assert not make_recipe(dataclasses.replace(frozen, train=grouped)).apart
+    trained = make_recipe(dataclasses.replace(frozen, model=_config(freeze=False).model))
     assert not trained.apart and list(stacks(trained, 8)) == list(stacks(None, 8)) == ["layers"]
 
 
@@ -344,30 +345,32 @@ def test_transformer_engine_where_it_is_not(monkeypatch):
     with pytest.raises(
         UserError, match=r"precision\.fp8\.backend=te: Transformer Engine needs a GPU, here is cpu; use"
     ):
-        fp8.recipe(_config(backend="te"))
-    assert "xla backend (Transformer Engine needs a GPU, here is cpu)" in fp8.describe(_config(), 1, True)
+        make_recipe(_config(backend="te"))
+    assert "xla backend (Transformer Engine needs a GPU, here is cpu)" in describe(_config(), 1, True)
     monkeypatch.setattr(jax, "devices", lambda: [_Gpu("9.0")])
     te.problem.cache_clear()
     with pytest.raises(UserError, match=r"Transformer Engine is not installed \(requirements-gpu.txt\)"):
-        fp8.recipe(_config(backend="te"))
+        make_recipe(_config(backend="te"))
     monkeypatch.setattr(te, "version", lambda _: "2.9.0")
     te.problem.cache_clear()
     with pytest.raises(UserError, match=r"Transformer Engine 2\.9\.0 is too old, 2\.11 is needed"):
-        fp8.recipe(_config(backend="te"))
+        make_recipe(_config(backend="te"))
     monkeypatch.setattr(te, "version", lambda _: "2.11.0")
     te.problem.cache_clear()
     with pytest.raises(UserError, match=r"2\.11\.0 cannot be imported \(ModuleNotFoundError"):
-        fp8.recipe(_config(backend="te"))
+        make_recipe(_config(backend="te"))
     monkeypatch.setattr(te, "problem", lambda: None)
-    assert fp8.recipe(_config()).backend == fp8.recipe(_config(backend="te")).backend == "te"
-    assert fp8.recipe(_config(), devices=2).backend == "te"
-    assert fp8.recipe(_config("fp8_current"), devices=2).backend == fp8.recipe(_config(backend="xla")).backend == "xla"
+    assert make_recipe(_config()).backend == make_recipe(_config(backend="te")).backend == "te"
+    assert make_recipe(_config(), devices=2).backend == "te"
+    assert (
+        make_recipe(_config("fp8_current"), devices=2).backend == make_recipe(_config(backend="xla")).backend == "xla"
+    )
     with pytest.raises(UserError, match="by current scaling it serves one device, the mesh has 2"):
-        fp8.recipe(_config("fp8_current", backend="te"), devices=2)
+        make_recipe(_config("fp8_current", backend="te"), devices=2)
     narrow = dataclasses.replace(_config(backend="te").model.llm, intermediate_size=100)
     config = dataclasses.replace(_config(backend="te"), model=ModelConfig(llm=narrow))
     with pytest.raises(UserError, match="widths that 16 divides, not 4096, 100"):
-        fp8.recipe(config)
+        make_recipe(config)
 
 
 def test_a_card_without_fp8(monkeypatch):
@@ -375,24 +378,24 @@ def test_a_card_without_fp8(monkeypatch):
     with pytest.raises(
         UserError, match=r"precision\.compute=fp8_delayed needs .* 8\.9 .* not NVIDIA GPU \(8\.0\); use"
     ):
-        fp8.recipe(_config())
+        make_recipe(_config())
 
 
 def test_what_the_log_says():
-    line = fp8.describe(_config(last_layers_bf16=1, layers="mlp"), 1, stored=True)
+    line = describe(_config(last_layers_bf16=1, layers="mlp"), 1, stored=True)
     assert line == (
         "fp8: xla backend (Transformer Engine needs a GPU, here is cpu), hybrid, delayed scaling (max of 1024 steps, "
         "margin 0), linear layers of the mlp of 7 of 8 layers, weights quantized once"
     )
-    assert fp8.describe(_config("fp8_current", freeze=False), 1, False).endswith("weights trained")
+    assert describe(_config("fp8_current", freeze=False), 1, False).endswith("weights trained")
     odd = dataclasses.replace(
         _config(), data=DataConfig(max_length=2418), train=TrainConfig(micro_batch=3, global_batch=3)
     )
-    assert fp8.describe(odd, 1, True).endswith(
+    assert describe(odd, 1, True).endswith(
         "3 rows of 2418 tokens are no multiple of 16: data.max_length=2432 would be one"
     )
     short = TrainConfig(micro_batch=3, global_batch=3, constant_prefix=7)
     odd = dataclasses.replace(odd, train=short)
-    assert fp8.describe(odd, 1, True).endswith(
+    assert describe(odd, 1, True).endswith(
         "3 rows of 2411 tokens are no multiple of 16: data.max_length=2423 would be one"
     )
