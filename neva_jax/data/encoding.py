@@ -42,6 +42,11 @@ class Encoded:
     slots: np.ndarray
     spans: tuple[tuple[int, int], ...] = ()
 
+    def beginning(self) -> np.ndarray:
+        """The tokens [P] i32 before the first image and before the first that is predicted from those before it."""
+        stop = np.flatnonzero((self.slots[:-1] != -1) | (self.weights[1:] != 0))
+        return self.tokens[: stop[0]] if len(stop) else self.tokens[:-1]
+
 
 @dataclass(frozen=True)
 class ConversationEncoder:

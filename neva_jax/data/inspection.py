@@ -15,6 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,15 @@ class ImageFinding:
 
 @dataclass(frozen=True)
 class RowsFound:
-    """Of consecutive rows: a table of ROW, the problems, and the items that usable rows name: (number, items)."""
+    """Of consecutive rows: a table of ROW, the problems, and the items that usable rows name: (number, items).
+
+    beginning: the tokens [P] that all of those that were measured begin with; None: there are none.
+    """
 
     table: np.ndarray
     problems: list[Problem]
     items: list[tuple[int, list[ImageItem]]]
+    beginning: np.ndarray | None = None
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Findings:
     tables: of each source, [rows] of ROW.
     problems: by source and row.
     items, images: each distinct image with what was found.
+    beginning: the tokens [P] that all rows begin with, before images and labels; None: nothing was measured.
     """
 
     config: Config
@@ -129,6 +135,7 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     items: list[ImageItem] = field(default_factory=list)
     images: list[ImageFinding] = field(default_factory=list)
+    beginning: np.ndarray | None = None
 
 
 class Inspector:
@@ -149,14 +156,15 @@ class Inspector:
     def rows(self, source: int, start: int, end: int) -> RowsFound:
         """Looks at the rows `start` … `end - 1` of a source."""
         found = RowsFound(np.zeros(end - start, ROW), [], [])
+        beginnings: list[np.ndarray] = []
         for i in range(end - start):
             ref = RowRef(source, start + i)
-            problem = self._row(ref, found.table[i : i + 1], found.items)
+            problem = self._row(ref, found.table[i : i + 1], found.items, beginnings)
             if problem is not None:
                 found.problems.append(problem)
-        return found
+        return replace(found, beginning=reduce(_common, beginnings) if beginnings else None)
 
-    def _row(self, ref: RowRef, line: np.ndarray, items: list) -> Problem | None:
+    def _row(self, ref: RowRef, line: np.ndarray, items: list, beginnings: list) -> Problem | None:
         raw: Any = None
         name = ""
 
@@ -188,11 +196,13 @@ class Inspector:
             here = [ImageItem(ref, row.video, "video")]
         if here:
             items.append((ref.row, here))
-        return None if self.samples is None else self._measure(ref, here, line, refused)
+        return None if self.samples is None else self._measure(ref, here, line, refused, beginnings)
 
-    def _measure(self, ref: RowRef, items: Sequence[ImageItem], line: np.ndarray, refused: Any) -> Problem | None:
+    def _measure(
+        self, ref: RowRef, items: Sequence[ImageItem], line: np.ndarray, refused: Any, beginnings: list
+    ) -> Problem | None:
         try:
-            whole = self.whole.measure(ref)
+            whole, encoded = self.whole.measured(ref)
         except DroppedRow as error:
             return refused("nothing_supervised", error)
         except BadRow as error:
@@ -200,6 +210,7 @@ class Inspector:
             return None if any(self.image(item).kind for item in items) else refused("template", error)
         line["tokens"] = line["used"] = whole.tokens
         line["supervised"], line["tiles"] = whole.supervised, whole.tiles
+        beginnings.append(encoded.beginning())
         if whole.tokens <= self.config.data.max_length:
             return None
         line["used"] = line["supervised"] = 0
@@ -256,6 +267,13 @@ class Inspector:
         if header is not None:
             found = replace(found, format=header.format, mode=header.mode, width=header.width, height=header.height)
         return replace(found, digest=hashlib.blake2b(data, digest_size=16).digest()) if self.decode else found
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """What both begin with."""
+    size = min(len(first), len(second))
+    differ = np.flatnonzero(first[:size] != second[:size])
+    return first[: differ[0] if len(differ) else size]
 
 
 def _hash(text: str) -> int:
@@ -323,6 +341,8 @@ def _inspect_rows(inspector: Inspector, findings: Findings, processes: int) -> t
         for (source, start, end), found in zip(jobs, results, strict=True):
             parts[source].append(found.table)
             findings.problems += found.problems
+            several = [one for one in (findings.beginning, found.beginning) if one is not None]
+            findings.beginning = reduce(_common, several) if several else None
             for row, items in found.items:
                 for item in items:
                     known = numbers.setdefault(_place(sources, item), {})

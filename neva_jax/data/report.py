@@ -68,6 +68,7 @@ def make_report(findings: Findings) -> dict[str, Any]:
         report["lengths"] = {
             "tokens": {**_distribution(whole), "histogram": _histogram(whole)},
             "supervised": {**_distribution(supervised), "histogram": _histogram(supervised)},
+            "same_beginning": 0 if findings.beginning is None else len(findings.beginning),
         }
         report["packing"] = _packing(findings, good)
     return report

@@ -50,6 +50,7 @@ def _sections(report: dict[str, Any]) -> Iterable[tuple[str, list[tuple[str, str
             [
                 ("in a row", "", _spread(lengths["tokens"])),
                 ("supervised", "", _spread(lengths["supervised"])),
+                ("all begin alike", _n(lengths["same_beginning"]), "tokens without label (train.constant_prefix)"),
                 *_packing_lines(report["packing"]),
             ],
         )

@@ -70,6 +70,10 @@ class Samples:
         Raises:
           BadRow, DroppedRow: as `make`, unless it is the images' fault.
         """
+        return self.measured(ref)[0]
+
+    def measured(self, ref: RowRef) -> tuple[Measure, Encoded]:
+        """`measure`, and the row as if each image had one slot."""
         row, data = self._read(ref), self.config.data
         turns = self._turns(row)
         if row.video is None:
@@ -80,13 +84,13 @@ class Samples:
             spans = [image_span(*self._size(ref, name), self.config) for name in row.images]
         else:
             spans = [self.one_tile] * count
-        encoded = self._encode(row, turns, [_STAND_IN] * count)
+        text = encoded = self._encode(row, turns, [_STAND_IN] * count)
         tokens = len(encoded.tokens) - 1 + sum(len(span.slots) - 1 for span in spans)
         supervised = np.count_nonzero(encoded.weights[1:])
         if tokens > data.max_length or not supervised:  # rare; what happens to it depends on where the images stand
             encoded = fit_length(self._encode(row, turns, spans), data)
             tokens, supervised = len(encoded.tokens) - 1, np.count_nonzero(encoded.weights[1:])
-        return Measure(tokens, tiles, supervised)
+        return Measure(tokens, tiles, supervised), text
 
     # --- its parts
 

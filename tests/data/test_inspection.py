@@ -144,16 +144,16 @@ def test_a_row_of_no_json(damaged, tokenizer, monkeypatch):
 
 def test_nothing_supervised_and_a_refusing_template(damaged, tokenizer, monkeypatch):
     settings, sources = damaged()
-    plain = Samples.measure
+    plain = Samples.measured
 
-    def measure(self, ref):
+    def measured(self, ref):
         if ref.row == 0:
             raise DroppedRow("has nothing to learn")
         if ref.row == 1:
             raise BadRow("the template refuses it")
         return plain(self, ref)
 
-    monkeypatch.setattr(Samples, "measure", measure)
+    monkeypatch.setattr(Samples, "measured", measured)
     findings, report = found(settings, sources, tokenizer, decode=False)
     assert kinds(findings)[0] == "nothing_supervised"
     assert kinds(findings)[1] == "template"
@@ -296,6 +296,14 @@ def test_counts_and_lengths_are_those_of_brute_force(damaged, tokenizer):
                 used.append(lengths[-1][1])
     table = inspect(sources, settings, tokenizer, False, 0).tables[0]
     assert [(row, int(table[row]["tokens"])) for row, _ in lengths] == lengths
+    made = [samples.make(RowRef(0, row)).encoded for row, _ in lengths]
+    alike = 0
+    while all(
+        one.tokens[alike] == made[0].tokens[alike] and one.slots[alike] == -1 and one.weights[alike + 1] == 0
+        for one in made
+    ):
+        alike += 1
+    assert report["lengths"]["same_beginning"] == alike > 0
     histogram = report["lengths"]["supervised"].pop("histogram")
     assert report["lengths"]["supervised"] == spread(supervised)
     counts = Counter(value // histogram["width"] for value in supervised)
