@@ -8,6 +8,7 @@ from neva_jax.data.templates import NEVA
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.derived import (
     all_unrolled,
+    dropout_seed,
     frozen_components,
     head_dim,
     image_tokens,
@@ -15,6 +16,7 @@ from neva_jax.derived import (
     nearest,
     padded_vocab,
     projector_layers,
+    remat_group,
     rotary_width,
 )
 from neva_jax.errors import UserError
@@ -350,13 +352,12 @@ def _check_training(config: Config) -> None:
             f"train.global_batch={train.global_batch} is not divisible by train.micro_batch={train.micro_batch}"
         )
     layers = config.model.llm.num_layers
-    if train.remat != "none" and train.remat_method == "uniform" and layers % train.remat_layers:
+    if layers % remat_group(train):
         raise UserError(
             f"train.remat_layers={train.remat_layers} does not divide model.llm.num_layers={layers}, which "
             "train.remat_method=uniform needs"
         )
-    uniform = train.remat != "none" and train.remat_method == "uniform"
-    if uniform and not config.model.vision.freeze and train.remat_layers > 1:
+    if not config.model.vision.freeze and remat_group(train) > 1:
         raise UserError(
             f"train.remat_layers={train.remat_layers} with model.vision.freeze=false: groups are of the language "
             "model's layers; use 1, or train.remat_method=block"
@@ -370,13 +371,12 @@ def _check_training(config: Config) -> None:
 
 def _check_shortcuts(config: Config) -> None:
     train, llm = config.train, config.model.llm
-    dropout = any((llm.hidden_dropout, llm.ffn_dropout, llm.attention_dropout))
+    dropout = dropout_seed(config) is not None
     if train.labelled_positions is not None:
         looped = "would copy the weights of layers in a loop: all must be unrolled"
-        groups = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
         reasons = {
             f"train.unroll={train.unroll} ({looped}, train.unroll={llm.num_layers})": not all_unrolled(config),
-            f"train.remat_layers={train.remat_layers} (the last layer stands alone)": groups,
+            f"train.remat_layers={train.remat_layers} (the last layer stands alone)": remat_group(train) > 1,
             "mesh.zero1=true and a trained language model (its gradients would be whole)": config.mesh.zero1
             and not llm.freeze,
             "dropout in model.llm (another would be drawn)": dropout,
@@ -418,8 +418,7 @@ def _check_fp8(config: Config) -> None:
         raise UserError(f"precision.frozen=fp32 has no effect with precision.compute={compute}; use bf16")
     if fp8.vision and not config.model.vision.freeze:
         raise UserError("precision.fp8.vision=true needs model.vision.freeze=true")
-    uniform = config.train.remat != "none" and config.train.remat_method == "uniform"
-    group = config.train.remat_layers if uniform else 1
+    group = remat_group(config.train)
     if first % group or last % group:
         raise UserError(
             f"train.remat_layers={group} does not divide precision.fp8.first_layers_bf16={first} and "

@@ -2,7 +2,7 @@
 
 import re
 
-from neva_jax.config import COMPONENTS, MESH_AXES, Config, DataConfig, LlmConfig, ModelConfig, VisionConfig
+from neva_jax.config import COMPONENTS, MESH_AXES, Config, DataConfig, LlmConfig, ModelConfig, TrainConfig, VisionConfig
 from neva_jax.errors import UserError
 
 
@@ -20,6 +20,11 @@ def token_grid(model: ModelConfig) -> int:
 def most_segments(data: DataConfig) -> int:
     """The most segments of a row, padding as one of them; 1: rows are never packed."""
     return data.segments_per_row + 1 if data.pack else 1
+
+
+def remat_group(train: TrainConfig) -> int:
+    """Layers that are recomputed together, from the first one's input: 1 where none are, or each alone."""
+    return train.remat_layers if train.remat != "none" and train.remat_method == "uniform" else 1
 
 
 def all_unrolled(config: Config) -> bool:

@@ -13,8 +13,6 @@ from neva_jax.derived import trained_components
 # trained components -> the stage's name; layers, width, width inside the MLP -> the model's
 STAGES = {("projector",): "pretrain", ("projector", "llm"): "finetune"}
 MODELS = {(32, 4096, 11008): "7B", (40, 5120, 13824): "13B"}
-
-
 SHORTCUTS = ("labelled_positions", "constant_prefix")  # of train (training/shortcuts.py)
 
 

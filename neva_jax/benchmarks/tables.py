@@ -127,8 +127,7 @@ def layouts(rows: list[Row]) -> str:
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed", "sequence_parallel")
     for row in sorted(best_of_each(several, *key, "mesh"), key=lambda row: (*map(str, map(row.get, key)), _mesh(row))):
         shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
-        fits = [one for one in ours(rows) if one["gpus"] == 1 and all(one[k] == row[k] for k in shapes)]
-        single = _best([one for one in fits if _hours_between(one, row) <= SESSION])
+        single = _fastest_like(row, [one for one in ours(rows) if one["gpus"] == 1], shapes)
         lines.append(
             [
                 f"{row['gpus']} x {card(row)}",
@@ -213,8 +212,7 @@ def shortcuts(rows: list[Row]) -> str:
     for row in _measured(rows):
         if not row.get("shortcuts"):
             continue
-        fits = [one for one in ours(rows) if all(one[key] == row[key] for key in same)]
-        whole = _best([one for one in fits if _hours_between(one, row) <= SESSION])
+        whole = _fastest_like(row, ours(rows), same)
         lines.append(
             [
                 card(row),
@@ -336,6 +334,12 @@ def kind(row: Row) -> str:
 def card(row: Row) -> str:
     """The GPU's name without its maker's."""
     return row.get("gpu", "?").removeprefix("NVIDIA ")
+
+
+def _fastest_like(row: Row, others: Iterable[Row], same: Iterable[str]) -> Row | None:
+    """Of the rows that have these fields as `row`, and are of its session, the fastest."""
+    fits = [other for other in others if all(other[name] == row[name] for name in same)]
+    return _best([other for other in fits if _hours_between(other, row) <= SESSION])
 
 
 def _hours_between(row: Row, other: Row) -> float:

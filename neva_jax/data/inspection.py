@@ -15,7 +15,6 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ class ImageFinding:
     digest: bytes = b""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowsFound:
     """Of consecutive rows: a table of ROW, the problems, and the items that usable rows name: (number, items).
 
@@ -156,15 +155,14 @@ class Inspector:
     def rows(self, source: int, start: int, end: int) -> RowsFound:
         """Looks at the rows `start` … `end - 1` of a source."""
         found = RowsFound(np.zeros(end - start, ROW), [], [])
-        beginnings: list[np.ndarray] = []
         for i in range(end - start):
             ref = RowRef(source, start + i)
-            problem = self._row(ref, found.table[i : i + 1], found.items, beginnings)
+            problem = self._row(ref, found.table[i : i + 1], found)
             if problem is not None:
                 found.problems.append(problem)
-        return replace(found, beginning=reduce(_common, beginnings) if beginnings else None)
+        return found
 
-    def _row(self, ref: RowRef, line: np.ndarray, items: list, beginnings: list) -> Problem | None:
+    def _row(self, ref: RowRef, line: np.ndarray, found: RowsFound) -> Problem | None:
         raw: Any = None
         name = ""
 
@@ -195,11 +193,11 @@ class Inspector:
         if row.video is not None:
             here = [ImageItem(ref, row.video, "video")]
         if here:
-            items.append((ref.row, here))
-        return None if self.samples is None else self._measure(ref, here, line, refused, beginnings)
+            found.items.append((ref.row, here))
+        return None if self.samples is None else self._measure(ref, here, line, refused, found)
 
     def _measure(
-        self, ref: RowRef, items: Sequence[ImageItem], line: np.ndarray, refused: Any, beginnings: list
+        self, ref: RowRef, items: Sequence[ImageItem], line: np.ndarray, refused: Any, found: RowsFound
     ) -> Problem | None:
         try:
             whole, encoded = self.whole.measured(ref)
@@ -210,7 +208,7 @@ class Inspector:
             return None if any(self.image(item).kind for item in items) else refused("template", error)
         line["tokens"] = line["used"] = whole.tokens
         line["supervised"], line["tiles"] = whole.supervised, whole.tiles
-        beginnings.append(encoded.beginning())
+        found.beginning = _common(found.beginning, encoded.beginning())
         if whole.tokens <= self.config.data.max_length:
             return None
         line["used"] = line["supervised"] = 0
@@ -269,8 +267,10 @@ class Inspector:
         return replace(found, digest=hashlib.blake2b(data, digest_size=16).digest()) if self.decode else found
 
 
-def _common(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """What both begin with."""
+def _common(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    """What both begin with; None: no row has been seen."""
+    if first is None or second is None:
+        return second if first is None else first
     size = min(len(first), len(second))
     differ = np.flatnonzero(first[:size] != second[:size])
     return first[: differ[0] if len(differ) else size]
@@ -341,8 +341,7 @@ def _inspect_rows(inspector: Inspector, findings: Findings, processes: int) -> t
         for (source, start, end), found in zip(jobs, results, strict=True):
             parts[source].append(found.table)
             findings.problems += found.problems
-            several = [one for one in (findings.beginning, found.beginning) if one is not None]
-            findings.beginning = reduce(_common, several) if several else None
+            findings.beginning = _common(findings.beginning, found.beginning)
             for row, items in found.items:
                 for item in items:
                     known = numbers.setdefault(_place(sources, item), {})

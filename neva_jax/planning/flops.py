@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from neva_jax.config import Config, LlmConfig, VisionConfig
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import head_dim, image_tokens, kv_heads, padded_vocab, patch_grid, projector_layers
+from neva_jax.derived import head_dim, image_tokens, kv_heads, padded_vocab, patch_grid, projector_layers, remat_group
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def flops_per_row(config: Config, backend: str) -> Flops:
         recomputed += again * attention  # a kernel's result is no `dot`, so the policy does not save it
     elif train.remat == "full":
         # Nothing reads what the last product of a group adds to the residual stream.
-        group = train.remat_layers if train.remat_method == "uniform" else 1
-        last = 2.0 * length * llm.intermediate_size * llm.hidden_size * llm.num_layers / group
+        last = 2.0 * length * llm.intermediate_size * llm.hidden_size * llm.num_layers / remat_group(train)
         recomputed += again * (products + attention - last)
     return Flops(
         llm=passes * products + 3 * attention,

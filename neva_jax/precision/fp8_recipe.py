@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from neva_jax.config import Config, Fp8Config
-from neva_jax.derived import head_dim, kv_heads
+from neva_jax.derived import head_dim, kv_heads, remat_group
 from neva_jax.errors import UserError
 from neva_jax.parallel.target import target_devices
 
@@ -71,8 +71,6 @@ def make_recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) 
         )
     first, last = fp8.first_layers_bf16, config.model.llm.num_layers - fp8.last_layers_bf16
     stored = fp8.quantize_frozen and quantize_frozen and config.model.llm.freeze
-    train = config.train
-    grouped = train.remat != "none" and train.remat_method == "uniform" and train.remat_layers > 1
     return Recipe(
         delayed=compute == "fp8_delayed",
         gradient=jnp.float8_e5m2 if fp8.format == "hybrid" else jnp.float8_e4m3fn,
@@ -83,7 +81,7 @@ def make_recipe(config: Config, devices: int = 1, quantize_frozen: bool = True) 
         first=first,
         last=last,
         stored=stored,
-        apart=stored and not grouped and 1 < last - first <= train.unroll,
+        apart=stored and remat_group(config.train) == 1 and 1 < last - first <= config.train.unroll,
         sequence_parallel=config.mesh.sequence_parallel,
         vision=fp8.vision,
         backend=choose_backend(fp8, config, devices)[0],

@@ -12,7 +12,7 @@ B rows, T tokens, L layers, G key/value heads, K head width.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def prefix_tokens(row: dict[str, np.ndarray], count: int) -> np.ndarray:
     if "tokens" not in row:
         problem = row["bad_rows"][0].message
         raise UserError(f"train.constant_prefix={count}: the first training row cannot be made: {problem}")
-    plain = (row["image_slots"] == -1) & (row["loss_weights"] == 0) & (row["segment_ids"] > 0)
+    plain = _is_plain(row) & (row["segment_ids"] > 0)
     most = int(np.argmin(np.append(plain, False)))
     if count > most:
         raise UserError(
@@ -111,12 +111,6 @@ def abstract_prefix(config: Config, mesh: Mesh) -> Prefix:
     return Prefix(jax.ShapeDtypeStruct((count,), jnp.int32, sharding=place), LayerCache(one, one))
 
 
-def fewer(labelled: int | None, length: int, prefix: Prefix | None) -> int | None:
-    """`labelled`, or None where that is no fewer than rows of `length` tokens have without the prefix."""
-    left = length - (0 if prefix is None else len(prefix.tokens))
-    return labelled if labelled is not None and labelled < left else None
-
-
 def fits(micro: Arrays, prefix: Prefix | None, labelled: int | None) -> jax.Array:
     """Whether nothing is lost by the shortcuts in this micro batch (arrays [B, T]): a bool scalar."""
     fit = jnp.bool(True)
@@ -124,9 +118,13 @@ def fits(micro: Arrays, prefix: Prefix | None, labelled: int | None) -> jax.Arra
         fit &= jnp.all(jnp.count_nonzero(micro["loss_weights"], axis=1) <= labelled)
     if prefix is not None:
         first = {name: micro[name][:, : len(prefix.tokens)] for name in ("tokens", "image_slots", "loss_weights")}
-        plain = (first["image_slots"] == -1) & (first["loss_weights"] == 0)
-        fit &= jnp.all((first["tokens"] == prefix.tokens) & plain)
+        fit &= jnp.all((first["tokens"] == prefix.tokens) & _is_plain(first))
     return fit
+
+
+def _is_plain(arrays: dict[str, Any]) -> Any:
+    """Where text without a label stands."""
+    return (arrays["image_slots"] == -1) & (arrays["loss_weights"] == 0)
 
 
 def without_prefix(micro: Arrays, prefix: Prefix) -> Arrays:

@@ -21,7 +21,7 @@ from neva_jax.precision.fp8 import State as Fp8State
 from neva_jax.training import ema
 from neva_jax.training.guard import GOOD, GuardState, judge
 from neva_jax.training.loss import weighted_nll
-from neva_jax.training.shortcuts import Prefix, fewer, fits, labelled_positions, without_prefix
+from neva_jax.training.shortcuts import Prefix, fits, labelled_positions, without_prefix
 
 Parameters = dict[str, Any]
 Arrays = dict[str, jax.Array]
@@ -92,7 +92,8 @@ def gradients(
     weights = jnp.sum(batch["loss_weights"])
     weights = jnp.where(weights == 0, 1, weights)
     count, _, length = batch["tokens"].shape
-    labelled = fewer(labelled, length, prefix)
+    left = length - (0 if prefix is None else len(prefix.tokens))
+    labelled = labelled if labelled is not None and labelled < left else None  # else nothing is left out
     rngs = None if rng is None else jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
 
     def micro_gradients(graph: nnx.GraphDef, shortcuts: tuple, *given: Any) -> tuple[jax.Array, Any]:
@@ -177,8 +178,7 @@ def make_train_step(
         lr = schedule(state.step - state.guard.skipped)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "verdict": verdict}
         if prefix is not None or labelled is not None:
-            asked = fewer(labelled, batch["tokens"].shape[-1], prefix)
-            metrics["short"] = jnp.mean(jax.vmap(lambda micro: fits(micro, prefix, asked))(batch), dtype=jnp.float32)
+            metrics["short"] = jnp.mean(jax.vmap(lambda micro: fits(micro, prefix, labelled))(batch), dtype=jnp.float32)
         return after, metrics
 
     place = {} if layout is None else {"out_shardings": (layout, None)}
