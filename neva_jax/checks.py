@@ -121,6 +121,11 @@ def _check_tensor(config: Config, tensor: int) -> None:
             f"{config.train.micro_batch}) do not divide over the mesh axis tensor={tensor}; use true, or another "
             "train.micro_batch"
         )
+    if config.mesh.overlap and tensor > 1 and config.train.micro_batch % 2:
+        raise UserError(
+            f"mesh.overlap=true halves each micro batch, but train.micro_batch={config.train.micro_batch} is odd; "
+            "use an even one, or false"
+        )
     rows_divide = config.train.micro_batch % tensor == 0
     for whole in (config.data.max_length, *config.data.length_buckets):
         for length in {whole, whole - config.train.constant_prefix}:

@@ -286,6 +286,11 @@ class MeshConfig:
         False,
         "Split the language model's residual stream over `tensor` too: its rows, or their length if they are too few.",
     )
+    overlap: bool = key(
+        False,
+        "With `tensor`: each micro batch goes through the language model in two halves of its rows, and what one half "
+        "sends over `tensor` travels while the other is computed.",
+    )
     zero1: bool = key(False, "Split the optimizer's moments over `data` too (ZeRO-1).")
     vision_tensor: bool = key(
         True, "Split the vision encoder over `tensor`; `false` gives each device of `tensor` other images instead."

@@ -246,7 +246,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         packed, chunk = config.data.pack, config.train.loss_chunk
         guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
         judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
-        options = fp8_recipe.compiler_options(fp8_recipe.make_recipe(config, mesh.size), config.train.unroll)
+        options = fp8_recipe.compiler_options(
+            fp8_recipe.make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap
+        )
         whole = whole_graphdef(config, mesh, quantize_frozen)
         train_step = make_train_step(
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),

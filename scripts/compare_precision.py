@@ -1,9 +1,9 @@
 """Trains one model in several precisions from one checkpoint, on the same batches, and compares the losses.
 
 python scripts/compare_precision.py --results F.jsonl --plot F.png [--recipes bf16,fp8_delayed,fp8_current]
-    [--seeds 1,2,3] [--jobs N] [--runs DIR] [--limit SECONDS] [section.key=value ...]
+    [--seeds 1,2,3] [--start-steps N] [--jobs N] [--runs DIR] [--limit SECONDS] [section.key=value ...]
 
-A first run of `WARM_STEPS` in the first recipe makes the checkpoint that all start from (model.init_from). Then each
+A first run of --start-steps in the first recipe makes the checkpoint that all start from (model.init_from). Then each
 recipe trains with each seed (of the data order) for `train.steps`. One JSON line for each run: its losses, the mean of
 the last LAST of them, its validation loss, and both relative to the first recipe's with the same seed. The task is
 configs/precision_300m.yaml's, which says how its data is made. With --jobs several runs share the GPU:
@@ -28,7 +28,6 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_STEPS = 50
 LAST = 50  # losses at the end that are averaged
 
 
@@ -96,6 +95,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, required=True, metavar="F")
     parser.add_argument("--recipes", default="bf16,fp8_delayed,fp8_current", metavar="A,B")
     parser.add_argument("--seeds", default="1", metavar="N,M")
+    parser.add_argument("--start-steps", type=int, default=50, metavar="N", help="steps of the first run (50)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (1)")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "precision", metavar="DIR")
     parser.add_argument("--limit", type=float, default=600, help="seconds for all runs together")
@@ -112,7 +112,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     start = options.runs / "start"
-    warm = [f"train.steps={WARM_STEPS}", "optimizer.warmup_steps=10", f"precision.compute={recipes[0]}"]
+    warm = [f"train.steps={options.start_steps}", "optimizer.warmup_steps=10", f"precision.compute={recipes[0]}"]
     warm += ["eval.every=1000000"]
     train(start, [*options.overrides, *warm], deadline - time.monotonic())
 

@@ -279,6 +279,10 @@ BAD_OVERRIDES = {
         ["mesh.shape=data=4,tensor=2", "mesh.sequence_parallel=true", "data.max_length=191"],
         ["data.max_length=191", "tensor=2", "train.micro_batch=1", "mesh.sequence_parallel=true", "190 or 192"],
     ),
+    "rows that are halved": (
+        ["mesh.shape=data=4,tensor=2", "mesh.overlap=true"],
+        ["mesh.overlap=true", "train.micro_batch=1", "odd", "false"],
+    ),
     "images over tensor": (
         ["mesh.shape=data=4,tensor=2", "mesh.vision_tensor=false"],
         ["mesh.vision_tensor=false", "1 images", "train.micro_batch=1", "tensor=2"],

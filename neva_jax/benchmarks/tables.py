@@ -124,8 +124,9 @@ def layouts(rows: list[Row]) -> str:
     """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]
-    key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed", "sequence_parallel")
-    for row in sorted(best_of_each(several, *key, "mesh"), key=lambda row: (*map(str, map(row.get, key)), _mesh(row))):
+    key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
+    each = best_of_each(several, *key, "mesh", "sequence_parallel", "overlap")
+    for row in sorted(each, key=lambda row: (*map(str, map(row.get, key)), layout(row))):
         shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
         single = _fastest_like(row, [one for one in ours(rows) if one["gpus"] == 1], shapes)
         lines.append(
@@ -134,7 +135,7 @@ def layouts(rows: list[Row]) -> str:
                 row["stage"],
                 row["model"],
                 row["precision"],
-                _mesh(row["mesh"]) + (", sequence parallel" if row["sequence_parallel"] else ""),
+                layout(row),
                 f"{row['micro_batch']}/{row['global_batch']}",
                 f"{row['tokens_computed']:g}",
                 _ms(row),
@@ -166,8 +167,9 @@ def kernels(rows: list[Row]) -> str:
     """Where each millisecond goes: the kernels of a step by class, and by scope where the trace tells it."""
     lines = []
     traced = [row for row in ours(rows) if "kernels_ms" in row]
-    for row in best_of_each(traced, "gpu", "stage", "model", "precision", "remat"):
+    for row in best_of_each(traced, "gpu", "stage", "model", "precision", "remat", "mesh", "overlap"):
         what = f"{card(row)}, {row['stage']} {row['model']}, {row['precision']}, {row['remat']}"
+        what += f", {layout(row)}" if row["gpus"] > 1 else ""
         bound = row["tflop_per_sample"] * row["samples_per_step"] / row["gpus"] / row["peak_tflops"] * 1e3
         total = row["busy_ms"] + row["idle_ms"]
         for name, spent in [*row["kernels_ms"].items(), ("idle", row["idle_ms"])]:
@@ -279,7 +281,7 @@ def best_of_each(rows: Iterable[Row], *names: str) -> Iterator[Row]:
     """The fastest row for each combination of the named fields, in a fixed order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str([row.get(name) for name in names]), []).append(row)
+        groups.setdefault(str([row.get(name) or None for name in names]), []).append(row)
     for key in sorted(groups):
         yield _best(groups[key])
 
@@ -322,8 +324,13 @@ def final_loss(row: Row) -> float:
 
 def label(row: Row) -> str:
     """What tells a run from others."""
-    parallel = ", sequence parallel" if row["sequence_parallel"] else ""
-    return f"{row['precision']}, {_mesh(row['mesh'])}{parallel}, seed {row['seed']}"
+    return f"{row['precision']}, {layout(row)}, seed {row['seed']}"
+
+
+def layout(row: Row) -> str:
+    """The mesh and what goes with it; rows of before it was there do not tell `overlap`."""
+    settings = [name for name in ("sequence_parallel", "overlap") if row.get(name)]
+    return ", ".join([_mesh(row["mesh"]), *(name.replace("_", " ") for name in settings)])
 
 
 def kind(row: Row) -> str:

@@ -3,12 +3,14 @@
 Two things may be left out (training/shortcuts.py): what follows the last layer's attention at positions that are not
 `wanted`, and a `prefix` that all rows share, whose keys and values are known.
 
+With `mesh.overlap` a batch goes through the layers in two parts that take turns (models/parts.py).
+
 B rows, T tokens, D hidden size, H query heads, G key/value heads, K head width, F MLP width, V vocabulary rows,
 L layers, S cache slots, P tokens of the prefix, N wanted positions of a row.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +23,9 @@ from neva_jax.derived import head_dim, kv_heads, padded_vocab
 from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
+from neva_jax.models.parts import apart, in_turn, joined, parted
 from neva_jax.models.rotary import rotary_angles, rotate, split_rotated
-from neva_jax.parallel.mesh import constrain, constrain_stream, spread
+from neva_jax.parallel.mesh import constrain, constrain_stream, spread, ways
 from neva_jax.precision import fp8
 from neva_jax.precision.fp8_recipe import Recipe
 
@@ -87,7 +90,8 @@ class Block(nnx.Module):
             self.down_bias = param(rngs, (d,), ("norm",), zeros, layers)
         self.config, self.backends, self.sequence_parallel = config, backends, mesh.sequence_parallel
 
-    def __call__(
+    @jax.named_scope("attention")
+    def with_attention(
         self,
         x: jax.Array,
         positions: jax.Array,
@@ -102,69 +106,80 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, T, D], with the layer's cache if there is one -> (x [B, T, D], the cache with the new tokens).
 
-        With `rng`, dropout where NeMo has it: on the attention weights, the products inside the MLP, and what attention
-        and MLP add to x. With `recipe`, its sites run in FP8, with the scales of delayed scaling in `scales`. With
-        `prefix` [P, G, K], P tokens stand before those of x. With `wanted` [B, N] i32, x is [B, N, D] at the end.
+        With `rng`, dropout where NeMo has it: on the attention weights and on what is added to x. With `recipe`, its
+        sites run in FP8, with the scales of delayed scaling in `scales`. With `prefix` [P, G, K], P tokens stand before
+        those of x. With `wanted` [B, N] i32, x is [B, N, D] at the end.
         """
-        dtype, config = x.dtype, self.config
+        config = self.config
         rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
-
-        def weight(name: str) -> jax.Array:
-            variable = getattr(self, name)
-            value, axes = variable[...].astype(dtype), variable.get_metadata()["axes"][-variable[...].ndim :]
-            # A cache holds each head once, and so do kernels in FP8.
-            once = cache is not None or hasattr(self, "fp8_qkv")
-            return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and not once else value
-
-        def biased(y: jax.Array, name: str, has: bool) -> jax.Array:
-            return y + weight(f"{name}_bias") if has else y
-
-        def linear(equation: str, x: jax.Array, name: str, has_bias: bool) -> jax.Array:
-            return biased(jnp.einsum(equation, x, weight(name)), name, has_bias)
-
-        def site(name: str) -> tuple[jax.Array | fp8.Stored, fp8.Scales]:
-            """The kernel of an FP8 site, and its scales."""
-            stored = getattr(self, f"fp8_{name}", None)
-            return native_kernel(name, weight) if stored is None else stored(), (scales or {}).get(name, {})
-
-        with jax.named_scope("attention"):
-            if recipe is not None and recipe.covers("qkv"):
-                norm = (self.attention_norm.scale[...], config.norm_eps)
-                if config.qkv_bias:
-                    y = fp8.linear(recipe, x, *site("qkv"), norm=norm)  # [B, T, G, R + 2, K]
-                    y = y + native_kernel("qkv", lambda name: weight(f"{name}_bias")[None])[0]
-                    q, k, v = split_rotated(y, *angles)
-                else:
-                    q, k, v = fp8.heads(recipe, x, *site("qkv"), norm=norm, angles=angles)
+        once = cache is not None or hasattr(self, "fp8_qkv")
+        weight, linear = partial(self._weight, dtype=x.dtype, once=once), partial(self._linear, once=once)
+        if recipe is not None and recipe.covers("qkv"):
+            norm, site = (self.attention_norm.scale[...], config.norm_eps), self._site("qkv", scales, weight)
+            if config.qkv_bias:
+                y = fp8.linear(recipe, x, *site, norm=norm)  # [B, T, G, R + 2, K]
+                y = y + native_kernel("qkv", lambda name: weight(f"{name}_bias")[None])[0]
+                q, k, v = split_rotated(y, *angles)
             else:
-                y = self._normed(self.attention_norm, x)
-                q = linear("btd,dhk->bthk", y, "q", config.qkv_bias)
-                k = linear("btd,dgk->btgk", y, "k", config.qkv_bias)
-                v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
-                q, k = rotate(q, *angles), rotate(k, *angles)
-            q = constrain(q, "batch", "length", "heads", "head_dim")
-            k = constrain(k, "batch", "length", "kv_heads", "head_dim")
-            v = constrain(v, "batch", "length", "kv_heads", "head_dim")
-            attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0], prefix)
-            attended = constrain(attended, "batch", "length", "heads", "head_dim")
-            if wanted is not None:
-                attended, x = _at(attended, wanted), _at(x, wanted)
-            if recipe is not None and recipe.covers("o"):
-                y = biased(fp8.linear(recipe, attended, *site("o"), inputs=2), "o", config.o_bias)
-            else:
-                y = linear("bthk,hkd->btd", attended, "o", config.o_bias)
-            x = constrain_stream(x + dropout(y, config.hidden_dropout, rngs[1]), self.sequence_parallel)
-        with jax.named_scope("mlp"):
-            if recipe is not None and recipe.covers("gate_up", "down"):
-                y = self._fp8_mlp(recipe, x, site, rngs[2])
-                y = biased(y, "down", config.mlp_bias)
-            else:
-                y = self._normed(self.mlp_norm, x)
-                gate = linear("btd,df->btf", y, "gate", config.mlp_bias)
-                up = linear("btd,df->btf", y, "up", config.mlp_bias)
-                inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-                y = linear("btf,fd->btd", dropout(inner, config.ffn_dropout, rngs[2]), "down", config.mlp_bias)
-            return constrain_stream(x + dropout(y, config.hidden_dropout, rngs[3]), self.sequence_parallel), cache
+                q, k, v = fp8.heads(recipe, x, *site, norm=norm, angles=angles)
+        else:
+            y = self._normed(self.attention_norm, x)
+            q = linear("btd,dhk->bthk", y, "q", config.qkv_bias)
+            k = linear("btd,dgk->btgk", y, "k", config.qkv_bias)
+            v = linear("btd,dgk->btgk", y, "v", config.qkv_bias)
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        q = constrain(q, "batch", "length", "heads", "head_dim")
+        k = constrain(k, "batch", "length", "kv_heads", "head_dim")
+        v = constrain(v, "batch", "length", "kv_heads", "head_dim")
+        attended, cache = self._attend(q, k, v, positions, segment_ids, cache, rngs[0], prefix)
+        attended = constrain(attended, "batch", "length", "heads", "head_dim")
+        if wanted is not None:
+            attended, x = _at(attended, wanted), _at(x, wanted)
+        if recipe is not None and recipe.covers("o"):
+            y = fp8.linear(recipe, attended, *self._site("o", scales, weight), inputs=2)
+            y = self._biased(y, "o", config.o_bias)
+        else:
+            y = linear("bthk,hkd->btd", attended, "o", config.o_bias)
+        x = x + dropout(y, config.hidden_dropout, rngs[1])
+        return constrain_stream(x, self.sequence_parallel), cache
+
+    @jax.named_scope("mlp")
+    def with_mlp(
+        self,
+        x: jax.Array,
+        rng: jax.Array | None = None,
+        recipe: Recipe | None = None,
+        scales: fp8.Scales | None = None,
+    ) -> jax.Array:
+        """x [B, T, D] -> x [B, T, D]; `rng` drops out products inside the MLP, and what is added to x."""
+        config = self.config
+        rngs = (None,) * 4 if rng is None else jax.random.split(rng, 4)
+        if recipe is not None and recipe.covers("gate_up", "down"):
+            y = self._biased(self._fp8_mlp(recipe, x, scales, rngs[2]), "down", config.mlp_bias)
+        else:
+            y = self._normed(self.mlp_norm, x)
+            gate = self._linear("btd,df->btf", y, "gate", config.mlp_bias)
+            up = self._linear("btd,df->btf", y, "up", config.mlp_bias)
+            inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
+            y = self._linear("btf,fd->btd", dropout(inner, config.ffn_dropout, rngs[2]), "down", config.mlp_bias)
+        return constrain_stream(x + dropout(y, config.hidden_dropout, rngs[3]), self.sequence_parallel)
+
+    def _weight(self, name: str, dtype: jnp.dtype, once: bool = False) -> jax.Array:
+        """A parameter; `once`: each key/value head once, as a cache and kernels in FP8 hold it, not `spread`."""
+        variable = getattr(self, name)
+        value, axes = variable[...].astype(dtype), variable.get_metadata()["axes"][-variable[...].ndim :]
+        return spread(value, axes.index("kv_heads"), axes) if "kv_heads" in axes and not once else value
+
+    def _linear(self, equation: str, x: jax.Array, name: str, has_bias: bool, once: bool = False) -> jax.Array:
+        return self._biased(jnp.einsum(equation, x, self._weight(name, x.dtype, once)), name, has_bias, once)
+
+    def _biased(self, y: jax.Array, name: str, has: bool, once: bool = False) -> jax.Array:
+        return y + self._weight(f"{name}_bias", y.dtype, once) if has else y
+
+    def _site(self, name: str, scales: fp8.Scales | None, weight: Callable) -> tuple[Any, fp8.Scales]:
+        """The kernel of an FP8 site, and its scales."""
+        stored = getattr(self, f"fp8_{name}", None)
+        return native_kernel(name, weight) if stored is None else stored(), (scales or {}).get(name, {})
 
     def _normed(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D], whole on each device of `tensor`."""
@@ -207,10 +222,11 @@ class Block(nnx.Module):
         )
         return attended, None
 
-    def _fp8_mlp(self, recipe: Recipe, x: jax.Array, site: Callable, rng: jax.Array | None) -> jax.Array:
+    def _fp8_mlp(self, recipe: Recipe, x: jax.Array, scales: fp8.Scales | None, rng: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D] without the last bias; in one piece where nothing stands between the casts."""
         config, norm = self.config, (self.mlp_norm.scale[...], self.config.norm_eps)
-        (gate_up, gate_up_scales), (down, down_scales) = site("gate_up"), site("down")
+        weight = partial(self._weight, dtype=x.dtype)
+        (gate_up, gate_up_scales), (down, down_scales) = (self._site(n, scales, weight) for n in ("gate_up", "down"))
         if not config.mlp_bias and (rng is None or not config.ffn_dropout):
             return fp8.mlp(recipe, x, norm, (gate_up, down), (gate_up_scales, down_scales))
         halves = fp8.linear(recipe, x, gate_up, gate_up_scales, norm=norm)  # [B, T, 2, F]
@@ -219,6 +235,47 @@ class Block(nnx.Module):
             gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
         inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
         return fp8.linear(recipe, dropout(inner, config.ffn_dropout, rng), down, down_scales)
+
+
+def _run(
+    layer: Block,
+    parts: Sequence[jax.Array],
+    given: Sequence[tuple],
+    own: tuple,
+    recipe: Recipe | None,
+    short: bool,
+) -> tuple[tuple[jax.Array, ...], LayerCache | None]:
+    """A layer for the parts [B, T, D] of a batch, in turn -> (their x [B, T, D] or [B, N, D], the cache of the last).
+
+    Args:
+      given: for each part: positions, angles, segment ids, wanted positions.
+      own: of this layer: cache, key of dropout, prefix, scales of FP8.
+      short: the layer is the last, and its MLP is for the wanted positions alone.
+    """
+    cache, rng, prefix, in_fp8 = own
+    x, count, scales = list(parts), len(parts), fp8.copies(len(parts), in_fp8)
+    layers = [layer, *(apart(layer) for _ in range(count - 1))]
+    rngs = (rng,) * count if rng is None or count == 1 else jax.random.split(rng, count)
+
+    def attention(i: int) -> jax.Array:
+        nonlocal cache
+        positions, angles, segment_ids, wanted = given[i]
+        wanted = wanted if short else None
+        y, cache = layers[i].with_attention(
+            *(x[i], positions, angles, segment_ids, cache, rngs[i], recipe, scales[i], prefix, wanted)
+        )
+        return y
+
+    def mlp(i: int) -> jax.Array:
+        return layers[i].with_mlp(x[i], rngs[i], recipe, scales[i])
+
+    for stage in (attention, mlp):
+        for i in range(count):
+            x[i] = stage(i)
+            following = (i + 1) % count
+            if following != i:
+                x[following], x[i] = in_turn(x[following], x[i])
+    return tuple(x), cache
 
 
 def _cut(per_layer: Any, first: int, last: int) -> Any:
@@ -267,7 +324,7 @@ class Llama(nnx.Module):
         if not config.tie_embeddings:
             self.head = param(rngs, (config.hidden_size, rows), ("embed", "vocab"), init)
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
-        self.sequence_parallel = mesh.sequence_parallel
+        self.sequence_parallel, self.overlap = mesh.sequence_parallel, mesh.overlap
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [B, T] i32 -> [B, T, D] in the compute dtype."""
@@ -309,21 +366,23 @@ class Llama(nnx.Module):
         if rng is not None:
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
-        x = constrain_stream(x, self.sequence_parallel)
+        halves = self.overlap and cache is None and ways("mlp") > 1 and x.shape[0] % (2 * ways("batch")) == 0
+        parts = 2 if halves else 1
+        given = parted((positions, angles, segment_ids, wanted), parts)
+        x = tuple(constrain_stream(part, self.sequence_parallel) for part in parted(x, parts))
         caches, scales = [], fp8.scales(self.recipe, states) if states and self.recipe.delayed else None
         for stack, span, bounds, recipe in self._spans(last_alone=wanted is not None):
             in_fp8 = None if recipe is None else _cut(scales, *(layer - recipe.first for layer in bounds))
             own = (*_cut((cache, layer_rngs, prefix), *bounds), in_fp8)
-            asked = wanted if bounds[1] == self.config.num_layers else None
+            short = wanted is not None and bounds[1] == self.config.num_layers
 
             def call(
-                layer: Block, x: jax.Array, own: tuple, recipe: Any = recipe, asked: jax.Array | None = asked
-            ) -> tuple[jax.Array, Any]:
-                cache, rng, prefix, in_fp8 = own
-                y, cache = layer(x, positions, angles, segment_ids, cache, rng, recipe, in_fp8, prefix, asked)
-                return (y, cache) if asked is None else (x, y)  # what a scan carries keeps its shape
+                layer: Block, x: tuple[jax.Array, ...], own: tuple, recipe: Any = recipe, short: bool = short
+            ) -> tuple[tuple[jax.Array, ...], Any]:
+                y, cache = _run(layer, x, given, own, recipe, short)
+                return (x, y) if short else (y, cache)  # what a scan carries keeps its shape
 
-            carried, part = scan_layers(
+            carried, output = scan_layers(
                 stack,
                 x,
                 per_layer=own,
@@ -332,12 +391,12 @@ class Llama(nnx.Module):
                 span=span,
                 call=call,
             )
-            if asked is not None:
-                return self.norm(part[0]), None
+            if short:
+                return self.norm(joined([part[0] for part in output])), None
             x = carried
-            caches.append(part)
+            caches.append(output)
         cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return self.norm(x), cache
+        return self.norm(joined(x)), cache
 
     def _spans(self, last_alone: bool) -> list[Span]:
         """Runs of equal layers; with `last_alone`, the last layer is a run of its own."""

@@ -99,7 +99,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     step = make_train_step(
         *(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config)),
         *judged_by,
-        compiler_options=compiler_options(recipe, config.train.unroll),
+        compiler_options=compiler_options(recipe, config.train.unroll, config.mesh.overlap),
         layout=layout_of(state),
         apply_updates=apply_updates,
         labelled=config.train.labelled_positions,

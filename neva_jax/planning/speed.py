@@ -22,7 +22,8 @@ What is sent, for each of the A micro batches of a step (B rows of T tokens per 
 Gradients travel in the compute dtype, because XLA reduces a product's result before it is converted to fp32.
 
 Time: max(operations / rate, overlapped transfers) + transfers that are not. Those over data and fsdp depend on no
-activation and overlap with computing; those over tensor stand between two products and do not. Ranks are laid out with
+activation and overlap with computing; those over tensor stand between two products and do not, unless mesh.overlap
+gives the device other rows to compute meanwhile. Ranks are laid out with
 tensor innermost and data outermost. An axis that stays inside a node has NVLink; one that leaves it shares the network
 ports of those of its members that sit in one node, never faster than NVLink. Latency, norms, attention's softmax and
 the optimizer's arithmetic are not in it: it is a bound from below that ranks meshes, not a forecast of a measurement.
@@ -111,8 +112,9 @@ def predict(plan: Estimate, machine: Machine) -> Speed:
     flops = flops_per_row(config, plan.backend)
     rows = config.train.global_batch
     compute = flops.hardware * rows / np.prod([sizes[axis] for axis in MESH_AXES]) / machine.flops
+    hidden = ("activations",) if config.mesh.overlap else ()
     transfers = tuple(
-        Transfer(kind, what, axis, size, size / bandwidth(sizes, axis, machine), axis != "tensor")
+        Transfer(kind, what, axis, size, size / bandwidth(sizes, axis, machine), axis != "tensor" or what in hidden)
         for kind, what, axis, size in _transfers(plan)
         if size
     )
@@ -157,9 +159,9 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
     if config.mesh.sequence_parallel:
         yield "all-gather", "activations", "tensor", llm_bytes
         yield "reduce-scatter", "activations", "tensor", llm_bytes
-        yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
     else:
-        yield "all-reduce", "activations", "tensor", 2 * (llm_bytes + vision_bytes)
+        yield "all-reduce", "activations", "tensor", 2 * llm_bytes
+    yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
     if not config.mesh.vision_tensor:
         yield "all-gather", "image features", "tensor", ring * _image_features(config) * item
         yield "all-reduce", "encoder's gradients", "tensor", 2 * ring * encoder

@@ -125,6 +125,30 @@ def _scales_backward(recipe: Recipe, states: State, amax: Scales) -> tuple[State
 scales.defvjp(_scales_forward, _scales_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def copies(count: int, scales: Scales | None) -> tuple[Scales | None, ...]:
+    """The scales of a layer that sees a batch in `count` parts: the largest value that it met is that of all parts.
+
+    XLA does not see that they are equal (`models.parts`), but for those of weights, which are cast once for all parts.
+    """
+
+    def hidden(path: tuple, scale: jax.Array) -> jax.Array:
+        return scale if path[-1].key == "kernel" else jax.lax.optimization_barrier(scale)
+
+    return scales, *(jax.tree_util.tree_map_with_path(hidden, scales) for _ in range(count - 1))
+
+
+def _copies_forward(count: int, scales: Scales | None) -> tuple[tuple[Scales | None, ...], None]:
+    return copies(count, scales), None
+
+
+def _copies_backward(count: int, kept: None, amax: tuple[Scales | None, ...]) -> tuple[Scales | None]:
+    return (jax.tree.map(lambda *parts: jnp.max(jnp.stack(parts), axis=0), *amax),)
+
+
+copies.defvjp(_copies_forward, _copies_backward)
+
+
 # --- kernels
 
 

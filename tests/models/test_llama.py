@@ -309,7 +309,8 @@ def test_hidden_dropout_is_after_the_embedding_and_on_both_branches():
     block = Block(nnx.Rngs(0), dataclasses.replace(TINY, hidden_dropout=ALL, mlp_bias=True))
     block.down_bias[...] = jnp.ones(32)  # the bias belongs to the branch
     x, angles = _hidden(_tiny())[0], rotary_angles(jnp.broadcast_to(jnp.arange(6), (2, 6)), TINY)
-    np.testing.assert_array_equal(block(x, None, angles, rng=jax.random.key(0))[0], x)
+    np.testing.assert_array_equal(block.with_attention(x, None, angles, rng=jax.random.key(0))[0], x)
+    np.testing.assert_array_equal(block.with_mlp(x, jax.random.key(0)), x)
 
 
 @pytest.mark.parametrize(("rate", "silenced"), [("attention_dropout", "o"), ("ffn_dropout", "down")])

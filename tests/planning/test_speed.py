@@ -51,7 +51,10 @@ def test_recomputing_adds_what_runs_again(shipped):
 
 
 def transfers(config, sizes) -> dict[tuple[str, str], float]:
-    return {(t.kind, t.axis): t.size for t in predict(estimate(config, sizes), H200).transfers}
+    sent: dict[tuple[str, str], float] = {}
+    for t in predict(estimate(config, sizes), H200).transfers:
+        sent[t.kind, t.axis] = sent.get((t.kind, t.axis), 0) + t.size
+    return sent
 
 
 def test_one_device_sends_nothing(shipped):
@@ -119,6 +122,19 @@ def test_transfers_overlap_except_those_over_tensor(shipped):
     assert beside > speed.compute
     assert speed.seconds == pytest.approx(beside + before)
     assert all(isinstance(t, Transfer) and t.seconds == pytest.approx(t.size / 1e9) for t in speed.transfers)
+
+
+def test_with_overlap_what_the_language_model_sends_over_tensor_is_beside_the_computing(shipped):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 2}
+    plain, overlapped = (
+        predict(estimate(shipped("pretrain_7b", "train.global_batch=16", f"mesh.overlap={on}"), sizes), H200)
+        for on in ("false", "true")
+    )
+    encoder = [t.seconds for t in plain.transfers if t.what == "image activations"]
+    assert plain.overlapped == 0
+    assert overlapped.exposed == pytest.approx(sum(encoder)) and sum(encoder) > 0
+    assert overlapped.exposed + overlapped.overlapped == pytest.approx(plain.exposed)
+    assert overlapped.seconds < plain.seconds
 
 
 def test_the_rate_follows_the_compute_dtype(shipped):

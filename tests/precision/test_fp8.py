@@ -1,7 +1,7 @@
 """The XLA backend against numpy: ml_dtypes casts, float64 sums, and the state's evolution over steps."""
 
 import dataclasses
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -96,6 +96,28 @@ def test_linear_and_its_gradients(gradient):
     assert _off(y, np.einsum("btij,ijd->btd", qx, qk)) < 1e-6
     assert _off(dx, np.einsum("btd,ijd->btij", qg, qk)) < 1e-6
     assert _off(dkernel, np.einsum("btij,btd->ijd", qx, qg)) < 1e-6
+
+
+def test_parts_of_a_batch_are_cast_and_remembered_like_the_whole():
+    """Delayed scaling: the same scales for all parts, and the largest value of all of them."""
+    x, _, _, _, g = _arguments()
+    kernel = 0.3 * _normal(7, D, D)
+    scales = {"o": {name: jnp.float32(scale) for name, scale in (("x", 20), ("grad", 4000), ("kernel", 300))}}
+
+    def run(x, kernel, scales, parts):
+        pieces = zip(jnp.split(x, parts), fp8.copies(parts, scales), strict=True)
+        return jnp.concatenate([fp8.linear(DELAYED, piece, kernel, own["o"]) for piece, own in pieces])
+
+    whole, halves = (jax.vjp(partial(run, parts=parts), x, kernel, scales) for parts in (1, 2))
+    np.testing.assert_array_equal(halves[0], whole[0])
+    (dx, dkernel, amax), (wanted_dx, wanted_dkernel, wanted_amax) = (
+        back(jnp.asarray(g)) for _, back in (halves, whole)
+    )
+    np.testing.assert_array_equal(dx, wanted_dx)
+    assert _off(dkernel, wanted_dkernel) < 1e-6
+    found = {name: float(value) for name, value in amax["o"].items()}
+    assert found == {name: float(value) for name, value in wanted_amax["o"].items()}
+    assert found["x"] == np.abs(x).max() > min(np.abs(half).max() for half in np.split(x, 2))
 
 
 def test_mlp_and_its_gradients():

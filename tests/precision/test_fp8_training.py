@@ -122,13 +122,20 @@ def test_each_micro_batch_is_a_step_of_the_history(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["data=2", *(pytest.param(f"{axis}=2", marks=pytest.mark.thorough) for axis in ("tensor", "fsdp"))]
+    ("mesh", "overlap"),
+    [
+        pytest.param("tensor=2", False, marks=pytest.mark.thorough),
+        ("tensor=2", True),
+        pytest.param("fsdp=2", False, marks=pytest.mark.thorough),
+        ("data=2", False),
+    ],
 )
-def test_layouts_agree(start, plain, tmp_path, mesh):
+def test_layouts_agree(start, plain, tmp_path, mesh, overlap):
     """Sums in another order round a few values to another FP8 number, so not to 1e-5; the amax is that of all shards:
     of one shard alone it would differ by far more than the bound."""
     rows_each = 8 if mesh == "tensor=2" else 4
-    many = start(tmp_path / "many", f"train.micro_batch={rows_each}", mesh=mesh, devices=2)
+    settings = [f"train.micro_batch={rows_each}", f"mesh.overlap={str(overlap).lower()}"]
+    many = start(tmp_path / "many", *settings, mesh=mesh, devices=2)
     np.testing.assert_allclose(losses(many), losses(plain), rtol=2e-3)
     expected, found = arrays(plain, 4, "fp8"), arrays(many, 4, "fp8")
     assert expected.keys() == found.keys()

@@ -71,6 +71,7 @@ class Layout:
     zero1: bool = False
     vision_tensor: bool = True
     packed: bool = False
+    overlap: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -95,7 +96,7 @@ class Layout:
             data=DataConfig(
                 max_length=LENGTH * packed, pack=self.packed, images_per_row=packed, segments_per_row=packed
             ),
-            mesh=MeshConfig(self.shape, self.sequence_parallel, self.zero1, self.vision_tensor),
+            mesh=MeshConfig(self.shape, self.sequence_parallel, self.overlap, self.zero1, self.vision_tensor),
             precision=PrecisionConfig(compute="fp32"),
             train=TrainConfig(STEPS, rows // groups // self.accumulate, rows, loss_chunk=CHUNK),
             optimizer=OPTIMIZER,

@@ -25,12 +25,15 @@ LAYOUTS = [
     Layout("tensor=8", "pretrain", sequence_parallel=True),
     Layout("data=2,fsdp=2,tensor=2", "pretrain", accumulate=2, zero1=True),
     Layout("data=2,fsdp=2,tensor=2", "all"),
+    Layout("tensor=8", overlap=True),
+    Layout("data=2,tensor=4", "pretrain", accumulate=2, sequence_parallel=True, overlap=True),
 ]
 PACKED_LAYOUTS = [
     Layout("data=8", packed=True),
     Layout("fsdp=8", packed=True),
     Layout("tensor=8", packed=True, sequence_parallel=True),
     Layout("data=2,fsdp=2,tensor=2", packed=True, sequence_parallel=True, accumulate=2),
+    Layout("fsdp=2,tensor=4", packed=True, overlap=True),
 ]
 # With --thorough: each of their axes and settings is in another one too.
 THOROUGH = [
@@ -45,7 +48,7 @@ def cases(layouts: list[Layout]) -> list:
 
 
 def name_of(layout: Layout) -> str:
-    settings = ("sequence_parallel", "zero1", "vision_tensor", "packed")
+    settings = ("sequence_parallel", "zero1", "vision_tensor", "packed", "overlap")
     changed = [name for name in settings if getattr(layout, name) != getattr(Layout(""), name)]
     return "-".join([layout.stage, layout.shape, f"{layout.accumulate}x", *changed])
 
