@@ -42,6 +42,7 @@ from neva_jax.training.retention import WRITING, Retention, remove, seal, steps_
 
 FORMAT = 2  # 1 had neither a manifest nor averaged weights
 CHUNK_BYTES = 64 * 2**20
+READ_AT_ONCE = 16  # GB
 MOST_FAILURES = 2  # saves in a row that may fail before the run stops
 VERSIONED = ("neva_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -399,8 +400,7 @@ class Checkpoints:
 
     def restore_fp8(self, step: int, fp8: dict) -> dict:
         """The FP8 state of a step onto the shardings of `fp8`, a tree of `jax.ShapeDtypeStruct`."""
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self.directory / str(step) / "state", args=restore_args({"fp8": fp8}))["fp8"]
+        return read_state(self.directory / str(step), {"fp8": fp8})["fp8"]
 
     def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
         """The checkpoint of a step: (params, optimizer state, data), straight onto the shardings of the arguments.
@@ -414,21 +414,30 @@ class Checkpoints:
         step_dir = self.directory / str(step)
         try:
             data = json.loads((step_dir / "data" / "metadata").read_text())
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                abstract = {"params": params, "optimizer": optimizer}
-                state = checkpointer.restore(step_dir / "state", args=restore_args(abstract))
+            state = read_state(step_dir, {"params": params, "optimizer": optimizer})
         except Exception as error:  # TensorStore raises a bare one
             raise DamagedCheckpoint(f"{step_dir}: cannot be restored ({reason(error)})") from error
         return state["params"], state["optimizer"], data
 
 
-def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
-    """Arguments that restore the leaves of `abstract`, and no others, onto their shardings."""
-    return ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-        partial_restore=True,
-    )
+def read_state(step_dir: Path, abstract: Any) -> Any:
+    """The leaves of `abstract` (`jax.ShapeDtypeStruct`), and no others, of a saved state, onto their shardings."""
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_most_at_once(abstract))
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    with ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(
+            (step_dir / "state").resolve(),
+            args=ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True),
+        )
+
+
+def _most_at_once(abstract: Any) -> int:
+    """GB that may be on the host at once while a state is read: Orbax would hold all of it there, 81 GB of a whole 7B.
+
+    It refuses an array that is not smaller than this.
+    """
+    largest = max((leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)), default=0)
+    return max(READ_AT_ONCE, largest // 10**9 + 1)
 
 
 def available_components(path: str | Path) -> dict[str, Path]:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
-from neva_jax.training.checkpoint import read_meta, restore_args
+from neva_jax.training.checkpoint import read_meta, read_state
 from neva_jax.training.disk import reason
 from neva_jax.training.manifest import DamagedCheckpoint
 
@@ -86,8 +86,7 @@ def _items(step_dir: Path, averaged: Path | None) -> dict[str, dict]:
 
 def _read(step_dir: Path, abstract: dict) -> dict:
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore((step_dir / "state").resolve(), args=restore_args(abstract))
+        return read_state(step_dir, abstract)
     except Exception as error:  # TensorStore raises a bare one
         raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read ({reason(error)})") from None
 

@@ -29,6 +29,7 @@ from neva_jax.training.checkpoint import (
     newest_step,
     read_meta,
 )
+from neva_jax.training.manifest import DamagedCheckpoint
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters
 from neva_jax.training.weights import check_compatible, load_components
@@ -144,6 +145,16 @@ def test_a_part_of_the_parameters_can_be_restored(tokenizer, tmp_path):
         restored, moments, _ = checkpoints.restore(3, {"llm": abstract_params["llm"]}, abstract_moments)
     assert_same(restored, {"llm": params["llm"]})
     assert_same(moments, optimizer)
+
+
+def test_no_more_than_some_gigabytes_are_read_at_once(run, monkeypatch):
+    """Orbax refuses arrays that are not smaller than its limit: so it was told, and none of a real model is refused."""
+    seven_b, seventy_b = (jax.ShapeDtypeStruct(shape, FP32) for shape in ((32, 4096, 11008), (80, 8192, 28672)))
+    assert checkpoint._most_at_once([seven_b] * 9) == 16
+    assert checkpoint._most_at_once([seven_b, seventy_b]) * 10**9 > 4 * seventy_b.size
+    monkeypatch.setattr(checkpoint, "_most_at_once", lambda abstract: 1e-6)
+    with Checkpoints(run, None) as checkpoints, pytest.raises(DamagedCheckpoint, match="than we reserved space for"):
+        checkpoints.restore(5, *abstract_state(one_device_mesh()))
 
 
 def test_what_was_restored_can_be_saved_by_the_same_manager(tokenizer, tmp_path):
