@@ -30,10 +30,17 @@ if [[ $gpus -eq 1 ]]; then
   fp8=(--precision fp8_delayed)
   pretrain "${one[@]}" --tokens 320
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
+  pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
+  finetune "${one[@]}" --baseline hf --micro-batch 4
+  pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 \
+    train.loss_chunk=512 train.unroll=8
+  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
+  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
+  pretrain "${one[@]}" --tokens 345 data.template=llama_2
+  pretrain "${one[@]}" --tokens 345 data.template=llama_2 "${fp8[@]}"
   pretrain "${one[@]}" "${prefix[@]}"
   pretrain "${one[@]}" "${prefix[@]}" "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 train.labelled_positions=64
-  pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --baseline hf
   pretrain "${one[@]}" --tokens 320 --baseline hf_checkpointing
   for rows in 3 4; do
@@ -42,8 +49,6 @@ if [[ $gpus -eq 1 ]]; then
   done
   finetune "${one[@]}" --baseline hf_checkpointing --micro-batch 8
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}" --data jpeg data.workers=8
-  pretrain "${one[@]}" --tokens 345 data.template=llama_2
-  pretrain "${one[@]}" --tokens 345 data.template=llama_2 "${fp8[@]}"
   bench --config "$root/configs/pretrain_13b.yaml" --tokens 345 --micro-batch 16 "${one[@]}"
   pretrain "${one[@]}" --tokens 320 --precision fp8_current
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}" precision.fp8.backend=xla
@@ -55,10 +60,6 @@ if [[ $gpus -eq 1 ]]; then
   XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true \
     pretrain "${one[@]}" --tokens 320 train.remat=dots train.unroll=1
   finetune_whole "${one[@]}" --micro-batch 2 --sweep layers=8,16,24,32
-  pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 \
-    train.loss_chunk=512 train.unroll=8
-  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
-  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
 else
   # Efficiency needs one GPU of the same machine: two of them at a time, on a card each.
   fp8=(--precision fp8_delayed)
@@ -66,15 +67,27 @@ else
   CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
   CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
   wait
-  for mesh in data fsdp tensor; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 "${fp8[@]}"; done
-  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" "$sequence"
-  finetune --mesh-shape "tensor=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
-  finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
-  for mesh in data tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
-  for mesh in data tensor fsdp; do
+  # Transfers inside CUDA graphs, which then may hold no conditional (NCCL's issue 1986).
+  kinds=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES
+  for flags in "" "--xla_gpu_enable_command_buffer=$kinds"; do
+    XLA_FLAGS=$flags pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" mesh.overlap=true
+    XLA_FLAGS=$flags pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}"
+    XLA_FLAGS=$flags pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
+  done
+  for mesh in data tensor; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 "${fp8[@]}"
+  for mesh in tensor fsdp; do
     pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2
     pretrain --mesh-shape "$mesh=$gpus" --tokens 345 data.template=llama_2 "${fp8[@]}"
   done
+  finetune --mesh-shape "tensor=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
+  finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
+  pretrain --mesh-shape "data=$gpus" --tokens 345 data.template=llama_2
+  pretrain --mesh-shape "data=$gpus" --tokens 345 data.template=llama_2 "${fp8[@]}"
+  pretrain --mesh-shape "data=$gpus" --tokens 320 "${fp8[@]}"
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" "$sequence"
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 mesh.overlap=true
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 mesh.overlap=true "${fp8[@]}"
   trace=$(mktemp -d)
   for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
   # What hides communication.
