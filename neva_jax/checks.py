@@ -18,6 +18,7 @@ from neva_jax.derived import (
     projector_layers,
     remat_group,
     rotary_width,
+    rows_at_once,
 )
 from neva_jax.errors import UserError
 
@@ -126,13 +127,14 @@ def _check_tensor(config: Config, tensor: int) -> None:
             f"mesh.overlap=true halves each micro batch, but train.micro_batch={config.train.micro_batch} is odd; "
             "use an even one, or false"
         )
-    rows_divide = config.train.micro_batch % tensor == 0
+    rows = rows_at_once(config, tensor)
+    half = "half of " if config.mesh.overlap else ""
     for whole in (config.data.max_length, *config.data.length_buckets):
         for length in {whole, whole - config.train.constant_prefix}:
-            if config.mesh.sequence_parallel and not rows_divide and length % tensor:
+            if config.mesh.sequence_parallel and rows % tensor and length % tensor:
                 raise UserError(
                     f"data.max_length={length} (or data.length_buckets, less train.constant_prefix) is not divisible "
-                    f"by the mesh axis tensor={tensor}, nor is train.micro_batch={config.train.micro_batch}, and "
+                    f"by the mesh axis tensor={tensor}, nor is {half}train.micro_batch={config.train.micro_batch}, and "
                     f"mesh.sequence_parallel=true needs one of them; {nearest(length, tensor)} would do"
                 )
 

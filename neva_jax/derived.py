@@ -27,6 +27,11 @@ def remat_group(train: TrainConfig) -> int:
     return train.remat_layers if train.remat != "none" and train.remat_method == "uniform" else 1
 
 
+def rows_at_once(config: Config, tensor: int) -> int:
+    """Rows of a micro batch that go through a layer of the language model together, on `tensor` devices."""
+    return config.train.micro_batch // 2 if config.mesh.overlap and tensor > 1 else config.train.micro_batch
+
+
 def all_unrolled(config: Config) -> bool:
     """Whether the language model's layers follow one another without a loop."""
     return config.train.unroll >= config.model.llm.num_layers

@@ -111,8 +111,8 @@ def main() -> int:
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    start = options.runs / "start"
-    warm = [f"train.steps={options.start_steps}", "optimizer.warmup_steps=10", f"precision.compute={recipes[0]}"]
+    start, steps = options.runs / f"start_{options.start_steps}", options.start_steps
+    warm = [f"train.steps={steps}", f"optimizer.warmup_steps={min(10, steps)}", f"precision.compute={recipes[0]}"]
     warm += ["eval.every=1000000"]
     train(start, [*options.overrides, *warm], deadline - time.monotonic())
 

@@ -279,6 +279,13 @@ BAD_OVERRIDES = {
         ["mesh.shape=data=4,tensor=2", "mesh.sequence_parallel=true", "data.max_length=191"],
         ["data.max_length=191", "tensor=2", "train.micro_batch=1", "mesh.sequence_parallel=true", "190 or 192"],
     ),
+    "half of the rows over tensor": (
+        [
+            *("mesh.shape=data=2,tensor=4", "train.micro_batch=4", "mesh.overlap=true", "mesh.sequence_parallel=true"),
+            *("data.max_length=190", "model.llm.num_kv_heads=4"),
+        ],
+        ["data.max_length=190", "half of train.micro_batch=4", "tensor=4", "188 or 192"],
+    ),
     "rows that are halved": (
         ["mesh.shape=data=4,tensor=2", "mesh.overlap=true"],
         ["mesh.overlap=true", "train.micro_batch=1", "odd", "false"],

@@ -13,6 +13,7 @@ import numpy as np
 Row = dict[str, Any]
 NOT_MEASURED = "not measured"
 CURVE = 50  # losses from which on a row is a curve
+LAYOUT = ("mesh", "sequence_parallel", "overlap")
 SESSION = 2.0  # hours within which rows are of one session: cards of one kind differ by some percent
 
 # The NeVA workflow's figures, samples/s/GPU on H100 NVL 94 GB (H800 where named):
@@ -125,7 +126,7 @@ def layouts(rows: list[Row]) -> str:
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
-    each = best_of_each(several, *key, "mesh", "sequence_parallel", "overlap")
+    each = best_of_each(several, *key, *LAYOUT)
     for row in sorted(each, key=lambda row: (*map(str, map(row.get, key)), layout(row))):
         shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
         single = _fastest_like(row, [one for one in ours(rows) if one["gpus"] == 1], shapes)
@@ -167,7 +168,7 @@ def kernels(rows: list[Row]) -> str:
     """Where each millisecond goes: the kernels of a step by class, and by scope where the trace tells it."""
     lines = []
     traced = [row for row in ours(rows) if "kernels_ms" in row]
-    for row in best_of_each(traced, "gpu", "stage", "model", "precision", "remat", "mesh", "overlap"):
+    for row in best_of_each(traced, "gpu", "stage", "model", "precision", "remat", *LAYOUT):
         what = f"{card(row)}, {row['stage']} {row['model']}, {row['precision']}, {row['remat']}"
         what += f", {layout(row)}" if row["gpus"] > 1 else ""
         bound = row["tflop_per_sample"] * row["samples_per_step"] / row["gpus"] / row["peak_tflops"] * 1e3
@@ -274,14 +275,15 @@ def ours(rows: Iterable[Row]) -> list[Row]:
 
 
 def _measured(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in rows if row.get("bench") == "train" and row.get("impl") == "neva_jax" and "error" not in row]
+    train = [row for row in rows if row.get("bench") == "train" and row.get("impl") == "neva_jax"]
+    return [{"overlap": False, **row} for row in train if "error" not in row]  # the first rows do not say it
 
 
 def best_of_each(rows: Iterable[Row], *names: str) -> Iterator[Row]:
     """The fastest row for each combination of the named fields, in a fixed order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str([row.get(name) or None for name in names]), []).append(row)
+        groups.setdefault(str([row.get(name) for name in names]), []).append(row)
     for key in sorted(groups):
         yield _best(groups[key])
 
@@ -328,8 +330,8 @@ def label(row: Row) -> str:
 
 
 def layout(row: Row) -> str:
-    """The mesh and what goes with it; rows of before it was there do not tell `overlap`."""
-    settings = [name for name in ("sequence_parallel", "overlap") if row.get(name)]
+    """The mesh and what goes with it."""
+    settings = [name for name in ("sequence_parallel", "overlap") if row[name]]
     return ", ".join([_mesh(row["mesh"]), *(name.replace("_", " ") for name in settings)])
 
 

@@ -124,14 +124,14 @@ class RMSNorm(nnx.Module):
 
 def scan_layers(
     stack: nnx.Module,
-    x: jax.Array,
+    x: Any,
     *,
     per_layer: Any = None,
     remat: Remat = NO_REMAT,
     unroll: int = 1,
     span: tuple[int, int] | None = None,
-    call: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
-) -> tuple[jax.Array, Any]:
+    call: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+) -> tuple[Any, Any]:
     """Runs the L layers of `stack` one after the other.
 
     Args:

@@ -23,7 +23,7 @@ from neva_jax.derived import head_dim, kv_heads, padded_vocab
 from neva_jax.models.attention import MASKED, XLA, Backends, attend
 from neva_jax.models.layers import NO_REMAT, Remat, RMSNorm, dropout, normal, param, scan_layers
 from neva_jax.models.llama_fp8 import Fp8Kernel, native_kernel, stacks
-from neva_jax.models.parts import apart, in_turn, joined, parted
+from neva_jax.models.parts import joined, next_in_turn, parted, shared
 from neva_jax.models.rotary import rotary_angles, rotate, split_rotated
 from neva_jax.parallel.mesh import constrain, constrain_stream, spread, ways
 from neva_jax.precision import fp8
@@ -253,28 +253,18 @@ def _run(
       short: the layer is the last, and its MLP is for the wanted positions alone.
     """
     cache, rng, prefix, in_fp8 = own
-    x, count, scales = list(parts), len(parts), fp8.copies(len(parts), in_fp8)
-    layers = [layer, *(apart(layer) for _ in range(count - 1))]
+    count, layers, scales = len(parts), shared(layer, len(parts), parts[0].dtype), fp8.copies(len(parts), in_fp8)
     rngs = (rng,) * count if rng is None or count == 1 else jax.random.split(rng, count)
-
-    def attention(i: int) -> jax.Array:
-        nonlocal cache
-        positions, angles, segment_ids, wanted = given[i]
-        wanted = wanted if short else None
-        y, cache = layers[i].with_attention(
-            *(x[i], positions, angles, segment_ids, cache, rngs[i], recipe, scales[i], prefix, wanted)
+    x = list(parts)
+    for i, (positions, angles, segment_ids, wanted) in enumerate(given):
+        x[i], cache = layers[i].with_attention(
+            *(x[i], positions, angles, segment_ids, cache, rngs[i], recipe, scales[i], prefix),
+            wanted if short else None,
         )
-        return y
-
-    def mlp(i: int) -> jax.Array:
-        return layers[i].with_mlp(x[i], rngs[i], recipe, scales[i])
-
-    for stage in (attention, mlp):
-        for i in range(count):
-            x[i] = stage(i)
-            following = (i + 1) % count
-            if following != i:
-                x[following], x[i] = in_turn(x[following], x[i])
+        x = next_in_turn(x, i)
+    for i in range(count):
+        x[i] = layers[i].with_mlp(x[i], rngs[i], recipe, scales[i])
+        x = next_in_turn(x, i)
     return tuple(x), cache
 
 
@@ -366,8 +356,7 @@ class Llama(nnx.Module):
         if rng is not None:
             rngs = jax.random.split(rng, self.config.num_layers + 1)
             x, layer_rngs = dropout(x, self.config.hidden_dropout, rngs[0]), rngs[1:]
-        halves = self.overlap and cache is None and ways("mlp") > 1 and x.shape[0] % (2 * ways("batch")) == 0
-        parts = 2 if halves else 1
+        parts = 2 if self.overlap and cache is None and ways("mlp") > 1 else 1
         given = parted((positions, angles, segment_ids, wanted), parts)
         x = tuple(constrain_stream(part, self.sequence_parallel) for part in parted(x, parts))
         caches, scales = [], fp8.scales(self.recipe, states) if states and self.recipe.delayed else None

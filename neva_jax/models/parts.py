@@ -4,9 +4,9 @@
     sent                     | a's sums      | b's sums | a's sums | b's sums ...
 
 Attention and MLP each end in a sum over `tensor`, which the next norm of the same rows waits for; other rows do not.
-XLA finds this order where there is no other (`in_turn`), and where no kernel works for two parts at once, for it would
-wait for the sums of both: `apart` and `precision.fp8.copies` hide that two parts use the same small arrays, and
-`precision.fp8_recipe.compiler_options` keeps products apart that have a kernel in common.
+XLA finds this order where there is no other (`next_in_turn`), and where no kernel works for two parts at once, because
+it would wait for the sums of both: `shared` and `precision.fp8.copies` hide that two parts use the same small arrays,
+and `precision.fp8_recipe.compiler_options` keeps products apart that have a kernel in common.
 
 B rows, T tokens, D hidden size.
 """
@@ -43,21 +43,51 @@ def joined(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 @jax.custom_vjp
-def in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _in_turn(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both as they are, but `second` is not there before `first`; in the backward pass it is the other way round."""
     return first, jax.lax.optimization_barrier((first, second))[1]
 
 
 def _in_turn_backward(_: None, g: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    second, first = in_turn(g[1], g[0])
+    second, first = _in_turn(g[1], g[0])
     return first, second
 
 
-in_turn.defvjp(lambda first, second: (in_turn(first, second), None), _in_turn_backward)
+_in_turn.defvjp(lambda first, second: (_in_turn(first, second), None), _in_turn_backward)
 
 
-def apart(layer: nnx.Module) -> nnx.Module:
-    """The layer with vectors (norms and biases) that XLA takes for others than those of the layer itself."""
+def next_in_turn(x: list[jax.Array], done: int) -> list[jax.Array]:
+    """Parts of which `done` has just been computed: it is used no sooner than the part that comes next is there."""
+    following = (done + 1) % len(x)
+    if following == done:
+        return x
+    x = list(x)
+    x[following], x[done] = _in_turn(x[following], x[done])
+    return x
+
+
+def shared(layer: nnx.Module, parts: int, dtype: jnp.dtype) -> list[nnx.Module]:
+    """The layer for each of the parts of a batch.
+
+    Kernels become `dtype` once, before they are shared: the gradients of all parts are then added before they are sent
+    over `data`. XLA takes norms' scales and biases for others in each part.
+    """
+    if parts == 1:
+        return [layer]
     graphdef, params = nnx.split(layer)
-    hidden = jax.tree.map(lambda array: jax.lax.optimization_barrier(array) if array.ndim == 1 else array, params)
-    return nnx.merge(graphdef, hidden)
+
+    def cast(path: tuple, array: jax.Array) -> jax.Array:
+        return array.astype(dtype) if array.dtype == jnp.float32 and not _is_small(path) else array
+
+    def hidden(path: tuple, array: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(array) if _is_small(path) else array
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    others = (jax.tree_util.tree_map_with_path(hidden, params) for _ in range(parts - 1))
+    return [nnx.merge(graphdef, own) for own in (params, *others)]
+
+
+def _is_small(path: tuple) -> bool:
+    """Of a layer's parameter: whether it is a norm's scale or a bias."""
+    name = next(entry.key for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
+    return name == "scale" or name.endswith("bias")

@@ -22,11 +22,11 @@ What is sent, for each of the A micro batches of a step (B rows of T tokens per 
 Gradients travel in the compute dtype, because XLA reduces a product's result before it is converted to fp32.
 
 Time: max(operations / rate, overlapped transfers) + transfers that are not. Those over data and fsdp depend on no
-activation and overlap with computing; those over tensor stand between two products and do not, unless mesh.overlap
-gives the device other rows to compute meanwhile. Ranks are laid out with
-tensor innermost and data outermost. An axis that stays inside a node has NVLink; one that leaves it shares the network
-ports of those of its members that sit in one node, never faster than NVLink. Latency, norms, attention's softmax and
-the optimizer's arithmetic are not in it: it is a bound from below that ranks meshes, not a forecast of a measurement.
+activation and overlap with computing; those over tensor stand between two products and do not, but for the layers' with
+mesh.overlap, which gives a device other rows to compute meanwhile. Ranks are laid out with tensor innermost and data
+outermost. An axis that stays inside a node has NVLink; one that leaves it shares the network ports of those of its
+members that sit in one node, never faster than NVLink. Latency, norms, attention's softmax and the optimizer's
+arithmetic are not in it: it is a bound from below that ranks meshes, not a forecast of a measurement.
 """
 
 from collections.abc import Iterator
@@ -112,13 +112,16 @@ def predict(plan: Estimate, machine: Machine) -> Speed:
     flops = flops_per_row(config, plan.backend)
     rows = config.train.global_batch
     compute = flops.hardware * rows / np.prod([sizes[axis] for axis in MESH_AXES]) / machine.flops
-    hidden = ("activations",) if config.mesh.overlap else ()
     transfers = tuple(
-        Transfer(kind, what, axis, size, size / bandwidth(sizes, axis, machine), axis != "tensor" or what in hidden)
+        Transfer(kind, what, axis, size, size / bandwidth(sizes, axis, machine), _overlapped(config, what, axis))
         for kind, what, axis, size in _transfers(plan)
         if size
     )
     return Speed(flops, float(compute), transfers, rows)
+
+
+def _overlapped(config: Config, what: str, axis: str) -> bool:
+    return axis != "tensor" or (config.mesh.overlap and what == "activations")
 
 
 def bandwidth(sizes: dict[str, int], axis: str, machine: Machine) -> float:
@@ -154,25 +157,31 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
         yield "all-gather", "weights", "data", whole / item * 4 * _share(data)
 
     ring = steps * _share(tensor)
-    llm_bytes = ring * _llm_activations(config) * item
+    layers_bytes, ends_bytes = ring * _layer_activations(config) * item, ring * _end_activations(config) * item
     vision_bytes = ring * _vision_activations(config) * item if config.mesh.vision_tensor else 0.0
     if config.mesh.sequence_parallel:
-        yield "all-gather", "activations", "tensor", llm_bytes
-        yield "reduce-scatter", "activations", "tensor", llm_bytes
+        yield "all-gather", "activations", "tensor", layers_bytes + ends_bytes
+        yield "reduce-scatter", "activations", "tensor", layers_bytes + ends_bytes
     else:
-        yield "all-reduce", "activations", "tensor", 2 * llm_bytes
+        yield "all-reduce", "activations", "tensor", 2 * layers_bytes
+        yield "all-reduce", "activations before and behind the layers", "tensor", 2 * ends_bytes
     yield "all-reduce", "image activations", "tensor", 2 * vision_bytes
     if not config.mesh.vision_tensor:
         yield "all-gather", "image features", "tensor", ring * _image_features(config) * item
         yield "all-reduce", "encoder's gradients", "tensor", 2 * ring * encoder
 
 
-def _llm_activations(config: Config) -> float:
-    """Values all-reduced over tensor per micro batch, in the language model."""
-    llm, rows = config.model.llm, config.train.micro_batch
+def _layer_activations(config: Config) -> float:
+    """Values summed over tensor per micro batch, in the language model's layers."""
     again = recomputed_fraction(config) if config.train.remat == "full" else 0.0
-    layers = (4 + again) * llm.num_layers * config.data.max_length
-    return rows * llm.hidden_size * (layers + config.data.max_length + labelled_positions(config))
+    sums = (4 + again) * config.model.llm.num_layers
+    return config.train.micro_batch * config.model.llm.hidden_size * config.data.max_length * sums
+
+
+def _end_activations(config: Config) -> float:
+    """Values summed over tensor per micro batch, before and behind the layers."""
+    positions = config.data.max_length + labelled_positions(config)
+    return config.train.micro_batch * config.model.llm.hidden_size * positions
 
 
 def _vision_activations(config: Config) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from neva_jax.config import Config, Fp8Config
-from neva_jax.derived import head_dim, kv_heads, remat_group
+from neva_jax.derived import head_dim, kv_heads, parse_mesh_shape, remat_group, rows_at_once
 from neva_jax.errors import UserError
 from neva_jax.parallel.target import target_devices
 
@@ -142,7 +142,8 @@ def describe(config: Config, devices: int, stored: bool) -> str:
     kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
     layers = f"{fp8.layers} linear layers" if fp8.layers == "all" else f"linear layers of the {fp8.layers}"
     weights = ("quantized once" if stored else "quantized in every step") if llm.freeze else "trained"
-    rows, prefix = config.train.micro_batch, config.train.constant_prefix
+    rows = rows_at_once(config, parse_mesh_shape(config.mesh.shape, devices)["tensor"])
+    prefix = config.train.constant_prefix
     length = config.data.max_length - prefix
     padded = ""
     if rows * length % 16:

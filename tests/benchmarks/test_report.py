@@ -56,6 +56,22 @@ def test_without_rows_nothing_was_measured(folder, capsys):
         assert all(any(cell == "not measured" for cell in line) for line in section(folder, name)), name
 
 
+def test_each_layout_has_a_line_of_its_own(folder):
+    two = {"mesh": {"tensor": 2}, "gpus": 2, "samples_per_s": 110.0}
+    traced = {"kernels_ms": {"gemm": 100.0}, "busy_ms": 100.0, "idle_ms": 1.0}
+    rows = [
+        row(**two, samples_per_s_per_gpu=55.0),  # of before `overlap` was there
+        row(**two, samples_per_s_per_gpu=54.0, overlap=False),
+        row(**two, samples_per_s_per_gpu=57.0, overlap=True, **traced),
+        row(**two, samples_per_s_per_gpu=56.0, overlap=True, sequence_parallel=True),
+    ]
+    report(folder, rows=rows)
+    shown = {(line[4], line[8]) for line in section(folder, "layouts")}
+    both = "tensor=2, sequence parallel, overlap"
+    assert shown == {("tensor=2", "55.0"), ("tensor=2, overlap", "57.0"), (both, "56.0")}
+    assert section(folder, "kernels")[0][0] == "H200, pretrain 7B, bf16, dots, tensor=2, overlap"
+
+
 def test_tables(folder, capsys):
     rows = [
         row(),

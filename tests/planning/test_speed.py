@@ -98,7 +98,7 @@ def test_an_encoder_that_tensor_does_not_split_sends_features_and_gradients(ship
     assert [t.size for t in frozen if t.kind == "all-gather"] == [pytest.approx(1 / 2 * 2 * features)]
     language = 16 * 4096 * (4 * 32 * 384 + 384 + 128)
     reduced = [t.size for t in frozen if (t.kind, t.axis) == ("all-reduce", "tensor")]
-    assert reduced == [pytest.approx(2 / 2 * 2 * language)]
+    assert sum(reduced) == pytest.approx(2 / 2 * 2 * language)
     trained = predict(estimate(shipped("pretrain_7b", *settings, "model.vision.freeze=false"), sizes), H200).transfers
     vision = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 588 * 1024 + 257 * 1024
     gradients = [t.size for t in trained if t.what == "encoder's gradients"]
@@ -130,9 +130,9 @@ def test_with_overlap_what_the_language_model_sends_over_tensor_is_beside_the_co
         predict(estimate(shipped("pretrain_7b", "train.global_batch=16", f"mesh.overlap={on}"), sizes), H200)
         for on in ("false", "true")
     )
-    encoder = [t.seconds for t in plain.transfers if t.what == "image activations"]
+    others = [t.seconds for t in plain.transfers if t.what != "activations"]
     assert plain.overlapped == 0
-    assert overlapped.exposed == pytest.approx(sum(encoder)) and sum(encoder) > 0
+    assert len(others) == 2 and overlapped.exposed == pytest.approx(sum(others))
     assert overlapped.exposed + overlapped.overlapped == pytest.approx(plain.exposed)
     assert overlapped.seconds < plain.seconds
 

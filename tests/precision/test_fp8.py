@@ -10,13 +10,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neva_jax.config import Config, DataConfig, Fp8Config, LlmConfig, ModelConfig, PrecisionConfig, TrainConfig
+from neva_jax.config import (
+    Config,
+    DataConfig,
+    Fp8Config,
+    LlmConfig,
+    MeshConfig,
+    ModelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
 from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
 from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.parallel.mesh import constrain_stream, make_mesh
-from neva_jax.precision import fp8, fp8_xla, te
-from neva_jax.precision.fp8_recipe import SITES, Recipe, describe, make_recipe
+from neva_jax.precision import fp8, fp8_recipe, fp8_xla, te
+from neva_jax.precision.fp8_recipe import SITES, Recipe, compiler_options, describe, make_recipe
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
@@ -421,3 +430,20 @@ def test_what_the_log_says():
     assert describe(odd, 1, True).endswith(
         "3 rows of 2411 tokens are no multiple of 16: data.max_length=2423 would be one"
     )
+    halves = dataclasses.replace(
+        _config(),
+        mesh=MeshConfig("tensor=2", overlap=True),
+        data=DataConfig(max_length=808),
+        train=TrainConfig(micro_batch=2, global_batch=2),
+    )
+    assert "because 1 rows of 808 tokens are no multiple of 16: data.max_length=816" in describe(halves, 2, True)
+    assert "padded" not in describe(dataclasses.replace(halves, mesh=MeshConfig("tensor=2")), 2, True)
+
+
+def test_products_of_two_halves_are_not_joined(monkeypatch):
+    merger = {"xla_gpu_dot_merger_threshold_mb": 0}
+    assert compiler_options(None, 1, overlap=True) is None  # no GPU, no option of its compiler
+    monkeypatch.setattr(fp8_recipe, "target_devices", lambda: [SimpleNamespace(platform="gpu")])
+    assert compiler_options(None, 1, overlap=True) == merger
+    assert compiler_options(CURRENT, 1, overlap=True) == {"xla_gpu_enable_triton_gemm": False, **merger}
+    assert not compiler_options(None, 1)

@@ -96,7 +96,13 @@ class Layout:
             data=DataConfig(
                 max_length=LENGTH * packed, pack=self.packed, images_per_row=packed, segments_per_row=packed
             ),
-            mesh=MeshConfig(self.shape, self.sequence_parallel, self.overlap, self.zero1, self.vision_tensor),
+            mesh=MeshConfig(
+                self.shape,
+                self.sequence_parallel,
+                overlap=self.overlap,
+                zero1=self.zero1,
+                vision_tensor=self.vision_tensor,
+            ),
             precision=PrecisionConfig(compute="fp32"),
             train=TrainConfig(STEPS, rows // groups // self.accumulate, rows, loss_chunk=CHUNK),
             optimizer=OPTIMIZER,

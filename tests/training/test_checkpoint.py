@@ -29,7 +29,6 @@ from neva_jax.training.checkpoint import (
     newest_step,
     read_meta,
 )
-from neva_jax.training.manifest import DamagedCheckpoint
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters
 from neva_jax.training.weights import check_compatible, load_components
@@ -148,13 +147,20 @@ def test_a_part_of_the_parameters_can_be_restored(tokenizer, tmp_path):
 
 
 def test_no_more_than_some_gigabytes_are_read_at_once(run, monkeypatch):
-    """Orbax refuses arrays that are not smaller than its limit: so it was told, and none of a real model is refused."""
+    """Orbax refuses arrays that are not smaller than its limit, which no real array must reach."""
     seven_b, seventy_b = (jax.ShapeDtypeStruct(shape, FP32) for shape in ((32, 4096, 11008), (80, 8192, 28672)))
     assert checkpoint._most_at_once([seven_b] * 9) == 16
     assert checkpoint._most_at_once([seven_b, seventy_b]) * 10**9 > 4 * seventy_b.size
-    monkeypatch.setattr(checkpoint, "_most_at_once", lambda abstract: 1e-6)
-    with Checkpoints(run, None) as checkpoints, pytest.raises(DamagedCheckpoint, match="than we reserved space for"):
+    limits, handler = [], checkpoint.ocp.PyTreeCheckpointHandler
+
+    def recorded(**settings):
+        limits.append(settings)
+        return handler(**settings)
+
+    monkeypatch.setattr(checkpoint.ocp, "PyTreeCheckpointHandler", recorded)
+    with Checkpoints(run, None) as checkpoints:
         checkpoints.restore(5, *abstract_state(one_device_mesh()))
+    assert limits == [{"restore_concurrent_gb": 16}]
 
 
 def test_what_was_restored_can_be_saved_by_the_same_manager(tokenizer, tmp_path):

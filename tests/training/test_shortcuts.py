@@ -115,6 +115,7 @@ LAYOUTS = [
     pytest.param(Layout("data=2,fsdp=2", "pretrain"), marks=pytest.mark.thorough),
     Layout("tensor=8", "pretrain"),
     Layout("data=2,tensor=2", "pretrain", sequence_parallel=True),
+    Layout("fsdp=2,tensor=2", "pretrain", overlap=True),
 ]
 
 
