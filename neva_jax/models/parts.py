@@ -77,7 +77,8 @@ def shared(layer: nnx.Module, parts: int, dtype: jnp.dtype) -> list[nnx.Module]:
     graphdef, params = nnx.split(layer)
 
     def cast(path: tuple, array: jax.Array) -> jax.Array:
-        return array.astype(dtype) if array.dtype == jnp.float32 and not _is_small(path) else array
+        kernel = array.ndim > 1 and array.dtype == jnp.float32 and not _is_small(path)
+        return array.astype(dtype) if kernel else array
 
     def hidden(path: tuple, array: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(array) if _is_small(path) else array
