@@ -38,6 +38,7 @@ from neva_jax.training.checkpoint import Checkpoints, Meta, verify
 from neva_jax.training.host_memory import allow_large_saves
 from neva_jax.training.manifest import size_of
 from neva_jax.training.optimizer import make_optimizer
+from neva_jax.training.retention import remove
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, with_vocabulary
 
 HELP = "how long training waits for a checkpoint, writing, verifying and restoring it"
@@ -56,11 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh-shape", metavar="SHAPE", default="fsdp=-1", help="as data=2,tensor=4 (fsdp=-1)")
     parser.add_argument("--states", default="projector,full", help="any of projector and full, comma-separated")
     parser.add_argument(
-        "--repeats",
-        type=int,
-        default=3,
-        metavar="N",
-        help="saves after a first one (3); with 0, a disk need only hold one",
+        "--repeats", type=int, default=3, metavar="N", help="saves after a first one (3); the disk holds one at a time"
     )
     parser.add_argument("--dir", metavar="DIR", help="disk to write to; without it, the folder of temporary files")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as model.llm.num_layers=16")
@@ -109,6 +106,8 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
     waited, total = [], []
     with Checkpoints(folder, 1) as checkpoints:
         for step in range(1, repeats + 2):
+            if step > 1:  # so that a disk need not hold two
+                remove(checkpoints.directory / str(step - 1))
             begun = time.monotonic()
             checkpoints.save(step, *state, {"samples": step}, Meta(step, config, trained, None, tokenizer))
             waited.append(checkpoints.blocked * 1000)
