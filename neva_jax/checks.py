@@ -128,7 +128,7 @@ def _check_tensor(config: Config, tensor: int) -> None:
             "use an even one, or false"
         )
     rows = rows_at_once(config, tensor)
-    half = "half of " if config.mesh.overlap else ""
+    half = "half of " if rows < config.train.micro_batch else ""
     for whole in (config.data.max_length, *config.data.length_buckets):
         for length in {whole, whole - config.train.constant_prefix}:
             if config.mesh.sequence_parallel and rows % tensor and length % tensor:

@@ -125,11 +125,12 @@ def layouts(rows: list[Row]) -> str:
     """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]
+    alone = [row for row in ours(rows) if row["gpus"] == 1]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
     each = best_of_each(several, *key, *LAYOUT)
+    shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
     for row in sorted(each, key=lambda row: (*map(str, map(row.get, key)), layout(row))):
-        shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
-        single = _fastest_like(row, [one for one in ours(rows) if one["gpus"] == 1], shapes)
+        single = _fastest_like(row, alone, shapes)
         lines.append(
             [
                 f"{row['gpus']} x {card(row)}",
@@ -212,10 +213,11 @@ def shortcuts(rows: list[Row]) -> str:
     """Steps that leave work out which changes nothing, against the fastest that do all of it."""
     lines = []
     same = ("gpu", "gpus", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
+    complete = ours(rows)
     for row in _measured(rows):
         if not row.get("shortcuts"):
             continue
-        whole = _fastest_like(row, ours(rows), same)
+        whole = _fastest_like(row, complete, same)
         lines.append(
             [
                 card(row),

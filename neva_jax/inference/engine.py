@@ -28,7 +28,8 @@ from neva_jax.data.tiles import TEXT, Picture, tiles_per_image
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.inference.sampling import sample
-from neva_jax.models.llama import LayerCache, empty_cache
+from neva_jax.models.llama import empty_cache
+from neva_jax.models.llama_layer import LayerCache
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import one_device_mesh, shardings
 from neva_jax.precision.policy import compute_dtype

@@ -16,7 +16,8 @@ from flax import nnx
 from neva_jax.config import MeshConfig, ModelConfig, PrecisionConfig
 from neva_jax.models.attention import choose_backends
 from neva_jax.models.layers import NO_REMAT, Remat
-from neva_jax.models.llama import LayerCache, Llama
+from neva_jax.models.llama import Llama
+from neva_jax.models.llama_layer import LayerCache
 from neva_jax.models.projector import Projector
 from neva_jax.models.vision import Vision
 from neva_jax.parallel.mesh import constrain

@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from neva_jax.config import Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
-from neva_jax.models.llama import LayerCache, empty_cache
+from neva_jax.models.llama import empty_cache
+from neva_jax.models.llama_layer import LayerCache
 from neva_jax.parallel.mesh import replicated, ways_of
 from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
 from neva_jax.precision.policy import compute_dtype

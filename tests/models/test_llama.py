@@ -11,7 +11,8 @@ from flax import nnx
 
 from neva_jax.config import LlmConfig
 from neva_jax.models.layers import NO_REMAT, Remat
-from neva_jax.models.llama import Block, Llama, empty_cache
+from neva_jax.models.llama import Llama, empty_cache
+from neva_jax.models.llama_layer import Block
 from neva_jax.models.rotary import rotary_angles
 from tests.models.helpers import (
     assert_gradients_close,
