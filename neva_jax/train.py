@@ -167,8 +167,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
     averaged = abstract_trained if config.optimizer.ema_decay is not None else {}
     step_dir = run_dir / "checkpoints" / str(start)  # it is verified already
     others = {name: path for name, path in sources.items() if path != step_dir}
+    stored = {name: abstract[name] for name in contents}, abstract_moments, averaged
     if peers.first:
-        probe(run_dir, ({name: abstract[name] for name in contents}, abstract_moments, averaged))
+        probe(run_dir, stored)
         verify_sources(others, config.checkpoint.verify, said.append)
     if resumed is None and peers.first:
         _write_config(run_dir, config)
@@ -188,6 +189,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         Trace(config.profile if peers.first else ProfileConfig(), run_dir, log.say) as trace,
     ):
         # --- state: resumed, or fresh
+        checkpoints.reserve(stored)
         if resumed is None:
             params = initialise_parameters(config, abstract, sources, log.say)
             moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)

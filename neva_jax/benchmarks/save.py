@@ -35,7 +35,7 @@ from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.training.checkpoint import Checkpoints, Meta, verify
-from neva_jax.training.host_memory import allow_large_saves
+from neva_jax.training.host_memory import Reservation, allow_large_saves
 from neva_jax.training.manifest import size_of
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.retention import remove
@@ -101,10 +101,13 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
     mesh = make_mesh(sizes)
     params = {part: leaf for part, leaf in abstract_parameters(config, mesh)[1].items() if part in trained}
     moments = abstract_optimizer(make_optimizer(config.optimizer, config.train.steps), params, mesh)
-    state = _random((params, moments))
-    _say(name, "is on the device")
     waited, total = [], []
     with Checkpoints(folder, 1) as checkpoints:
+        begun = time.monotonic()
+        Reservation((params, moments)).wait()
+        reserved = time.monotonic() - begun
+        _say(name, f"took {reserved:.1f} s to pin memory of the host")
+        state = _random((params, moments))
         for step in range(1, repeats + 2):
             if step > 1:  # so that a disk need not hold two
                 remove(checkpoints.directory / str(step - 1))
@@ -137,6 +140,7 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
         "arrays": len(leaves),
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
         "bytes": size,
+        "reserve_s": round(reserved, 3),
         "blocked_ms": round(statistics.median(waited[1:]), 2) if repeats else None,
         "blocked_ms_max": round(max(waited[1:]), 2) if repeats else None,
         "blocked_ms_first": round(waited[0], 2),

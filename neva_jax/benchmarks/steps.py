@@ -131,6 +131,7 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
         "gpus": len(devices),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "nccl": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
         **conditions(*PACKAGES),
     }
 

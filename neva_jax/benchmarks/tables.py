@@ -124,8 +124,9 @@ def cost(rows: list[Row]) -> str:
 def layouts(rows: list[Row]) -> str:
     """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
     lines = []
-    several = [row for row in ours(rows) if row["gpus"] > 1]
-    alone = [row for row in ours(rows) if row["gpus"] == 1]
+    as_set = [row for row in ours(rows) if not _flags(row) or "kernels_ms" in row]  # a trace wants no CUDA graphs
+    several = [row for row in as_set if row["gpus"] > 1]
+    alone = [row for row in as_set if row["gpus"] == 1 and "sweep" not in row]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
     each = best_of_each(several, *key, *LAYOUT)
     shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
@@ -151,6 +152,24 @@ def layouts(rows: list[Row]) -> str:
         )
     head = "cards | stage | model | precision | mesh | micro/global | tokens | step, ms | samples/s/GPU | peak per GPU, GiB | exposed communication, ms | efficiency"  # noqa: E501
     return _table(head, lines or [[NOT_MEASURED, *[""] * 11]])
+
+
+def flags(rows: list[Row]) -> str:
+    """What settings of XLA and NCCL change: each row that has some, against the fastest like it that has none."""
+    lines = []
+    same = ("gpu", "gpus", *LAYOUT, "stage", "model", "precision", "backend", "remat", "unroll")
+    same += ("tokens_computed", "image_px", "micro_batch", "packed", "data")
+    untraced = [row for row in ours(rows) if "kernels_ms" not in row]
+    plain = [row for row in untraced if not _flags(row)]
+    for row in untraced:
+        if not (given := _flags(row)):
+            continue
+        what = f"{row['stage']} {row['model']}, {row['precision']}, {layout(row)}"
+        without = _fastest_like(row, plain, same)
+        before = NOT_MEASURED if without is None else _ms(without)
+        lines.append([card(row), what, given, _ms(row), before, _ratio(row, without), _gib(row)])
+    head = "card | step | settings | step, ms | without, ms | samples/s against without | peak per GPU, GiB"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 6]])
 
 
 def losses(rows: list[Row]) -> str:
@@ -192,7 +211,7 @@ def variants(rows: list[Row]) -> str:
         setting = [f"remat {row['remat']}"] if "remat" in row else []
         setting += [f"unroll {row['unroll']}"] if row.get("unroll", 1) > 1 else []
         setting += [f"FP8 by {row['backend']}"] if row.get("backend") and row["precision"].startswith("fp8") else []
-        setting += [row["xla_flags"].replace("--xla_", "")] if row.get("xla_flags") else []
+        setting += [given] if (given := _flags(row)) else []
         setting += [f"data {row['data']}"] if row.get("data", "synthetic") != "synthetic" else []
         setting += ["packed"] if row.get("packed") else []
         setting += [f"{name} {value}" for name, value in row.get("shortcuts", {}).items()]
@@ -260,6 +279,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory": memory,
     "cost": cost,
     "layouts": layouts,
+    "flags": flags,
     "losses": losses,
     "kernels": kernels,
     "variants": variants,
@@ -340,6 +360,12 @@ def layout(row: Row) -> str:
 def kind(row: Row) -> str:
     """`fp32`, `bf16` or `fp8`."""
     return row["precision"].split("_")[0]
+
+
+def _flags(row: Row) -> str:
+    """The settings of XLA and NCCL that its environment named."""
+    nccl = [f"{name}={value}" for name, value in row.get("nccl", {}).items()]
+    return " ".join([row.get("xla_flags", "").replace("--xla_", ""), *nccl]).strip()
 
 
 def card(row: Row) -> str:

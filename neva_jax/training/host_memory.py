@@ -1,13 +1,21 @@
-"""How much of the host's memory a save may take.
+"""How much of the host's memory a save may take, and taking it before the first save.
 
 A save copies the state from the GPU into memory of the host that is pinned: only that is copied to at full speed. XLA
 lets a process pin 64 GiB, but the state of a fully finetuned 7B is 76 GiB: no save of it would succeed. Its pool grows
 with what is copied, to at most twice that; the limit is read once, when JAX first looks for devices.
+
+Pinning a GB takes half a second or more, in which the GPU is given nothing new to do; what is pinned stays in the pool.
+So it is pinned while weights are read and the step is compiled, and not while training waits for its first save.
 """
 
 import os
+import threading
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PART = 0.8  # of the memory that may be pinned; the rest is left to rows, workers and the page cache
@@ -27,6 +35,54 @@ def allow_large_saves(environment: MutableMapping[str, str] = os.environ, cgroup
     allowed = int(PART * min(_physical(), *map(_limit, _files(cgroups))) / 2**30)
     if allowed > DEFAULT_GIB:
         environment.setdefault(LIMIT, str(allowed))
+
+
+class Reservation:
+    """Pinned memory for saves of a state, taken in the background; nothing is taken where no GPU is.
+
+    Where it cannot be had, the save that needs it will say so.
+    """
+
+    def __init__(self, state: Any):
+        """`state`: the arrays that will be saved, or `jax.ShapeDtypeStruct` with their shardings."""
+        blocks = copied_blocks(state) if jax.default_backend() == "gpu" else []
+        self._unwanted = threading.Event()
+        self._thread = threading.Thread(target=self._pin, args=(blocks,), name="pinned memory", daemon=True)
+        self._thread.start()
+
+    def _pin(self, blocks: list[tuple[jax.Device, int]]) -> None:
+        held = []  # together: what is given back would be taken again
+        for device, size in blocks:
+            if self._unwanted.is_set():
+                return
+            pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+            try:
+                held.append(jax.block_until_ready(jax.device_put(np.empty(size, np.uint8), pinned)))
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                return
+
+    def wait(self) -> None:
+        """Returns when all is taken."""
+        self._thread.join()
+
+    def close(self) -> None:
+        """Takes no more, and returns when the block under way is there."""
+        self._unwanted.set()
+        self._thread.join()
+
+
+def copied_blocks(state: Any) -> list[tuple[jax.Device, int]]:
+    """What a save copies off the devices of this process: (device, bytes) for each array on each, the largest first.
+
+    Of a part that several devices hold, each copies its share, as Orbax does.
+    """
+    blocks = []
+    for leaf in jax.tree.leaves(state):
+        part = int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64))
+        holders = max(1, len(leaf.sharding.device_set) * part // max(1, leaf.size))
+        size = -(-part // holders) * leaf.dtype.itemsize
+        blocks += [(device, size) for device in leaf.sharding.addressable_devices]
+    return sorted(blocks, key=lambda block: block[1], reverse=True)
 
 
 def _physical() -> float:

@@ -139,6 +139,25 @@ def test_rows_with_shortcuts_have_a_table_of_their_own(folder):
     assert "**64.0**" in section(folder, "workflow")[0]
 
 
+def test_rows_with_settings_of_xla_or_nccl_are_against_the_same_step_without(folder):
+    two = {"mesh": {"fsdp": 2}, "gpus": 2, "samples_per_s": 100.0, "samples_per_s_per_gpu": 50.0}
+    faster = two | {"samples_per_s": 110.0, "samples_per_s_per_gpu": 55.0, "step_ms": 1800.0}
+    rows = [
+        row(**two),
+        row(**faster, xla_flags="--xla_gpu_a=1 --xla_b=2", nccl={"NCCL_CTA_POLICY": "2"}),
+        row(**faster, nccl={"NCCL_MAX_NCHANNELS": "8"}, remat="full"),  # none without is like it
+        row(**faster, xla_flags="--xla_gpu_a=1", kernels_ms={"gemm": 100.0}, busy_ms=100.0, idle_ms=1.0),  # a trace
+        row(sweep={"layers": "8"}),
+    ]
+    assert report(folder, rows=rows) == 0
+    assert [line[2:6] for line in section(folder, "flags")] == [
+        ["gpu_a=1 b=2 NCCL_CTA_POLICY=2", "1800.0", "2000.0", "1.10"],
+        ["NCCL_MAX_NCHANNELS=8", "1800.0", "not measured", "not measured"],
+    ]
+    (line,) = section(folder, "layouts")
+    assert (line[8], line[-1]) == ("55.0", "not measured")  # the trace's row; a row of a sweep is no measure
+
+
 def test_curves_and_sweeps_are_drawn(folder):
     rows = [row(sweep={"tokens": str(256 * n)}, step_ms=100.0 * n * n, tokens_computed=256.0 * n) for n in (1, 2, 4)]
     rows += [

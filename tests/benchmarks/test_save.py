@@ -7,8 +7,8 @@ import pytest
 from neva_jax import bench
 from neva_jax.errors import UserError
 
-FIELDS = """bench impl state model mesh device arrays state_bytes bytes blocked_ms blocked_ms_max blocked_ms_first
-    total_s total_s_first restore_s verify_s repeats cpu cores load versions date"""
+FIELDS = """bench impl state model mesh device arrays state_bytes bytes reserve_s blocked_ms blocked_ms_max
+    blocked_ms_first total_s total_s_first restore_s verify_s repeats cpu cores load versions date"""
 
 
 def test_a_line_for_each_state(capsys, tmp_path):
