@@ -30,12 +30,12 @@ if [[ $gpus -eq 1 ]]; then
   fp8=(--precision fp8_delayed)
   pretrain "${one[@]}" --tokens 320
   pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
+  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
+  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
   pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
   finetune "${one[@]}" --baseline hf --micro-batch 4
   pretrain "${one[@]}" --layers 8 --micro-batch 4 --sweep tokens=320,512,1024,2048,4096 \
     train.loss_chunk=512 train.unroll=8
-  pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
-  pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
   pretrain "${one[@]}" --tokens 345 data.template=llama_2
   pretrain "${one[@]}" --tokens 345 data.template=llama_2 "${fp8[@]}"
   pretrain "${one[@]}" "${prefix[@]}"
@@ -67,13 +67,14 @@ else
   CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
   CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
   wait
-  # Transfers inside CUDA graphs, which then may hold no conditional (NCCL's issue 1986).
-  kinds=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES
-  for flags in "" "--xla_gpu_enable_command_buffer=$kinds"; do
-    XLA_FLAGS=$flags pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" mesh.overlap=true
-    XLA_FLAGS=$flags pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}"
-    XLA_FLAGS=$flags pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
-  done
+  # Gathers by the copy engines.
+  zero_cta=--xla_gpu_experimental_enable_nccl_symmetric_buffers=true
+  XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
+  pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
+  XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 pretrain --mesh-shape "fsdp=$gpus" --tokens 320
+  pretrain --mesh-shape "fsdp=$gpus" --tokens 320
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" mesh.overlap=true
+  pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}"
   for mesh in data tensor; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --micro-batch 64; done
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 "${fp8[@]}"
   for mesh in tensor fsdp; do
@@ -91,8 +92,14 @@ else
   trace=$(mktemp -d)
   for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
   # What hides communication.
-  hidden() { pretrain --mesh-shape "fsdp=$gpus" --tokens 320 --layers 16 train.unroll=16; }
+  hidden() { pretrain --mesh-shape "${1:-fsdp}=$gpus" --tokens 320 --layers 16 train.unroll=16; }
   hidden
+  XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 hidden
+  # Transfers inside CUDA graphs, which then may hold no conditional (NCCL's issue 1986).
+  graphs=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=$graphs hidden
+  hidden tensor
+  XLA_FLAGS=--xla_gpu_enable_command_buffer=$graphs hidden tensor
   XLA_FLAGS=--xla_gpu_all_gather_combine_threshold_bytes=268435456 hidden
   XLA_FLAGS=--xla_gpu_experimental_parallel_collective_overlap_limit=4 hidden
   XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false hidden
