@@ -34,7 +34,7 @@ from neva_jax.training import ema
 from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
 from neva_jax.training.disk import probe
 from neva_jax.training.guard import Guard, Rollback, guard_state
-from neva_jax.training.host_memory import allow_large_saves
+from neva_jax.training.host_memory import Reservation, allow_large_saves
 from neva_jax.training.meter import Meter
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
@@ -183,13 +183,13 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
 
     with (
         StopRequest() as stop,
+        Reservation(stored) as reservation,
         Checkpoints.of(config) as checkpoints,
         jax.set_mesh(mesh),
         RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
         Trace(config.profile if peers.first else ProfileConfig(), run_dir, log.say) as trace,
     ):
         # --- state: resumed, or fresh
-        checkpoints.reserve(stored)
         if resumed is None:
             params = initialise_parameters(config, abstract, sources, log.say)
             moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
@@ -326,6 +326,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             log.say(f"back to step {step}; its next rows are those after step {to.step}")
             return step
 
+        reservation.wait(unless=lambda: stop.signal is not None)
+        if reservation.said:
+            log.say(reservation.said)
         watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
         with watch as watchdog:
             # The run may have been killed between saving and validating.

@@ -405,6 +405,37 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(arrange, start, validated, v
     assert differing(state(run, 4), state(validated, 4)) == []
 
 
+def test_host_memory_for_all_that_is_saved_is_taken_before_the_first_step(start, tmp_path, monkeypatch):
+    taken, order = [], []
+    real_save, real_next = train.Checkpoints.save, train.Meter.next
+
+    class Reservation(train.Reservation):
+        def __init__(self, state):
+            super().__init__(state)
+            taken.extend(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+        def wait(self, unless):
+            super().wait(unless)
+            order.append("waited")
+            self.said = "pinned something"
+
+    def save(self, step, params, optimizer, data, meta, ema, fp8):
+        saved = sorted(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer, ema)))
+        order.append(saved == sorted(taken))
+        real_save(self, step, params, optimizer, data, meta, ema, fp8)
+
+    def next_batch(self, stream):
+        order.append("step")
+        return real_next(self, stream)
+
+    monkeypatch.setattr(train, "Reservation", Reservation)
+    monkeypatch.setattr(train.Checkpoints, "save", save)
+    monkeypatch.setattr(train.Meter, "next", next_batch)
+    assert start(tmp_path, "optimizer.ema_decay=0.9") == 0
+    assert order == ["waited", *["step"] * 4, True]
+    assert "pinned something" in said(tmp_path)
+
+
 @pytest.mark.thorough  # so does the run of tests/faults/test_checkpoints.py
 def test_a_run_with_dropout_goes_on_bit_for_bit(start, base, sigterm_expected, tmp_path):
     dropout = [f"model.llm.{name}_dropout=0.2" for name in ("hidden", "attention", "ffn")]

@@ -49,6 +49,11 @@ from neva_jax.training.step import TrainState
 WARMUP = 3  # steps before those that are timed
 TRACED = 3  # steps of a profile
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
+# What of NCCL's environment changes how fast transfers are.
+NCCL = (
+    *("NCCL_ALGO", "NCCL_CTA_POLICY", "NCCL_MAX_CTAS", "NCCL_MAX_NCHANNELS", "NCCL_MIN_CTAS", "NCCL_MIN_NCHANNELS"),
+    *("NCCL_NVLS_ENABLE", "NCCL_P2P_DISABLE", "NCCL_PROTO"),
+)
 
 
 def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool, profile: Path | None) -> dict:
@@ -131,7 +136,7 @@ def measure(config: Config, *, steps: int, segments: int, data: str, plan: bool,
         "gpus": len(devices),
         "processes": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "nccl": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
+        "nccl": {name: os.environ[name] for name in NCCL if name in os.environ},
         **conditions(*PACKAGES),
     }
 

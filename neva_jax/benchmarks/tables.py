@@ -124,9 +124,8 @@ def cost(rows: list[Row]) -> str:
 def layouts(rows: list[Row]) -> str:
     """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
     lines = []
-    as_set = [row for row in ours(rows) if not _flags(row) or "kernels_ms" in row]  # a trace wants no CUDA graphs
-    several = [row for row in as_set if row["gpus"] > 1]
-    alone = [row for row in as_set if row["gpus"] == 1 and "sweep" not in row]
+    several = [row for row in ours(rows) if row["gpus"] > 1]
+    alone = [row for row in ours(rows) if row["gpus"] == 1 and "sweep" not in row]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
     each = best_of_each(several, *key, *LAYOUT)
     shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
@@ -159,10 +158,9 @@ def flags(rows: list[Row]) -> str:
     lines = []
     same = ("gpu", "gpus", *LAYOUT, "stage", "model", "precision", "backend", "remat", "unroll")
     same += ("tokens_computed", "image_px", "micro_batch", "packed", "data")
-    untraced = [row for row in ours(rows) if "kernels_ms" not in row]
-    plain = [row for row in untraced if not _flags(row)]
-    for row in untraced:
-        if not (given := _flags(row)):
+    plain = [row for row in ours(rows) if not _flags(row)]
+    for row in _measured(rows):
+        if not (given := _flags(row)) or row.get("shortcuts") or "kernels_ms" in row:
             continue
         what = f"{row['stage']} {row['model']}, {row['precision']}, {layout(row)}"
         without = _fastest_like(row, plain, same)
@@ -292,8 +290,17 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 
 
 def ours(rows: Iterable[Row]) -> list[Row]:
-    """Our train steps that were measured, but for those that leave work out: they have a table of their own."""
-    return [row for row in _measured(rows) if not row.get("shortcuts")]
+    """Our train steps that were measured, but for those that leave work out, and on several GPUs those with settings of
+    XLA or NCCL: they have tables of their own.
+
+    Without CUDA graphs, which hide the kernels of a trace, is no such setting; and on one GPU `train` has since made
+    its own what was faster.
+    """
+    return [row for row in _measured(rows) if not row.get("shortcuts") and (row["gpus"] == 1 or not _tuned(row))]
+
+
+def _tuned(row: Row) -> bool:
+    return _flags(row) not in ("", "gpu_enable_command_buffer=")
 
 
 def _measured(rows: Iterable[Row]) -> list[Row]:

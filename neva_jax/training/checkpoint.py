@@ -36,7 +36,6 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import RunError, UserError
 from neva_jax.files import readable
 from neva_jax.training.disk import free_there, reason
-from neva_jax.training.host_memory import Reservation
 from neva_jax.training.manifest import NAME as MANIFEST
 from neva_jax.training.manifest import DamagedCheckpoint, Level, Progress, check_manifest
 from neva_jax.training.retention import WRITING, Retention, remove, seal, steps_in
@@ -263,7 +262,6 @@ class Checkpoints:
         # Folders are made at once: where they cannot be, the background would wait for them for minutes.
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        self._reservation: Reservation | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._step = -1
@@ -280,21 +278,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._reservation is not None:
-            self._reservation.close()
         if kind is None:
             self.wait()
         elif self._thread is not None:
             self._thread.join()  # the error that is under way matters more than one of saving
         self._checkpointer.close()
-
-    def reserve(self, state: Any) -> None:
-        """Begins to take the host memory that saves of `state` will copy to, so that the first need not wait for it.
-
-        Args:
-          state: the arrays that will be saved, or `jax.ShapeDtypeStruct` with their shardings.
-        """
-        self._reservation = Reservation(state)
 
     def save(
         self,
@@ -316,8 +304,6 @@ class Checkpoints:
           RunError: the saves before this one failed, and so did this one.
         """
         begun = time.monotonic()
-        if self._reservation is not None:
-            self._reservation.wait()
         self._join()
         if (there := steps_in(self.directory)) and there[-1] >= step:
             raise RuntimeError(f"{self.directory}: step {step} cannot be saved; step {there[-1]} is there")

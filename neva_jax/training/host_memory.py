@@ -4,22 +4,28 @@ A save copies the state from the GPU into memory of the host that is pinned: onl
 lets a process pin 64 GiB, but the state of a fully finetuned 7B is 76 GiB: no save of it would succeed. Its pool grows
 with what is copied, to at most twice that; the limit is read once, when JAX first looks for devices.
 
-Pinning a GB takes half a second or more, in which the GPU is given nothing new to do; what is pinned stays in the pool.
-So it is pinned while weights are read and the step is compiled, and not while training waits for its first save.
+Pinning takes half a second for each GB of the pool, and what is pinned stays in it. So it is pinned while weights are
+read, and training does not wait for it at its first save, which may be the one that a scheduler's signal asks for. Nor
+may it reach into the compilation: while the driver pins, no kernel starts, and XLA would take its stopwatch's word.
 """
 
 import os
 import threading
-from collections.abc import Iterator, MutableMapping
+import time
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
+from neva_jax.files import readable
+
 LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PART = 0.8  # of the memory that may be pinned; the rest is left to rows, workers and the page cache
 DEFAULT_GIB = 64  # XLA's own limit
+WORTH_SAYING = 1.0  # seconds
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -40,41 +46,56 @@ def allow_large_saves(environment: MutableMapping[str, str] = os.environ, cgroup
 class Reservation:
     """Pinned memory for saves of a state, taken in the background; nothing is taken where no GPU is.
 
-    Where it cannot be had, the save that needs it will say so.
+    A context manager: on the way out no more is taken, but the block under way, up to half of the pool, is waited for.
     """
 
     def __init__(self, state: Any):
         """`state`: the arrays that will be saved, or `jax.ShapeDtypeStruct` with their shardings."""
+        self.said = ""  # what people should know of it, once it has ended
         blocks = copied_blocks(state) if jax.default_backend() == "gpu" else []
         self._unwanted = threading.Event()
         self._thread = threading.Thread(target=self._pin, args=(blocks,), name="pinned memory", daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> "Reservation":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._unwanted.set()
+        self._thread.join()
+
     def _pin(self, blocks: list[tuple[jax.Device, int]]) -> None:
-        held = []  # together: what is given back would be taken again
+        begun = time.monotonic()
+        held = []  # all together: what is given back would be taken again
         for device, size in blocks:
             if self._unwanted.is_set():
                 return
             pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
             try:
                 held.append(jax.block_until_ready(jax.device_put(np.empty(size, np.uint8), pinned)))
-            except (MemoryError, jax.errors.JaxRuntimeError):
+            except (MemoryError, jax.errors.JaxRuntimeError) as problem:
+                taken, wanted = (
+                    readable(sum(sizes)) for sizes in ([each.size for each in held], [n for _, n in blocks])
+                )
+                self.said = (
+                    f"only {taken} of the {wanted} of host memory that a save copies to could be pinned ({problem})"
+                )
                 return
+        if (seconds := time.monotonic() - begun) > WORTH_SAYING:
+            self.said = (
+                f"pinned {readable(sum(each.size for each in held))} of host memory for saves in {seconds:.0f} s"
+            )
 
-    def wait(self) -> None:
-        """Returns when all is taken."""
-        self._thread.join()
-
-    def close(self) -> None:
-        """Takes no more, and returns when the block under way is there."""
-        self._unwanted.set()
-        self._thread.join()
+    def wait(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """Returns when all is taken, or could not be; or once `unless` holds, which is asked ten times a second."""
+        while self._thread.is_alive() and not unless():
+            self._thread.join(0.1)
 
 
 def copied_blocks(state: Any) -> list[tuple[jax.Device, int]]:
     """What a save copies off the devices of this process: (device, bytes) for each array on each, the largest first.
 
-    Of a part that several devices hold, each copies its share, as Orbax does.
+    Of a part that several devices hold, each copies its share, as Orbax does where the part can be divided so.
     """
     blocks = []
     for leaf in jax.tree.leaves(state):

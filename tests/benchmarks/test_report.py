@@ -141,12 +141,13 @@ def test_rows_with_shortcuts_have_a_table_of_their_own(folder):
 
 def test_rows_with_settings_of_xla_or_nccl_are_against_the_same_step_without(folder):
     two = {"mesh": {"fsdp": 2}, "gpus": 2, "samples_per_s": 100.0, "samples_per_s_per_gpu": 50.0}
+    trace = {"kernels_ms": {"gemm": 100.0}, "busy_ms": 100.0, "idle_ms": 1.0}
     faster = two | {"samples_per_s": 110.0, "samples_per_s_per_gpu": 55.0, "step_ms": 1800.0}
     rows = [
         row(**two),
         row(**faster, xla_flags="--xla_gpu_a=1 --xla_b=2", nccl={"NCCL_CTA_POLICY": "2"}),
         row(**faster, nccl={"NCCL_MAX_NCHANNELS": "8"}, remat="full"),  # none without is like it
-        row(**faster, xla_flags="--xla_gpu_a=1", kernels_ms={"gemm": 100.0}, busy_ms=100.0, idle_ms=1.0),  # a trace
+        row(**faster, xla_flags="--xla_gpu_a=1", **trace),
         row(sweep={"layers": "8"}),
     ]
     assert report(folder, rows=rows) == 0
@@ -155,7 +156,16 @@ def test_rows_with_settings_of_xla_or_nccl_are_against_the_same_step_without(fol
         ["NCCL_MAX_NCHANNELS=8", "1800.0", "not measured", "not measured"],
     ]
     (line,) = section(folder, "layouts")
-    assert (line[8], line[-1]) == ("55.0", "not measured")  # the trace's row; a row of a sweep is no measure
+    assert (line[8], line[-1]) == ("50.0", "not measured")  # a row of a sweep is no measure of efficiency
+    assert report(folder, rows=[*rows, row(**faster, xla_flags="--xla_gpu_enable_command_buffer=", **trace)]) == 0
+    assert section(folder, "layouts")[0][8] == "55.0"
+
+
+def test_the_workflows_figures_are_beaten_without_settings(folder):
+    two = {"mesh": {"tensor": 2}, "gpus": 2, "samples_per_s": 100.0, "samples_per_s_per_gpu": 50.0}
+    flagged = two | {"samples_per_s_per_gpu": 60.0, "xla_flags": "--xla_gpu_a=1"}
+    assert report(folder, rows=[row(**two), row(**flagged)]) == 0
+    assert next(line[6] for line in section(folder, "workflow") if line[3] == "tensor=2") == "**50.0**"
 
 
 def test_curves_and_sweeps_are_drawn(folder):

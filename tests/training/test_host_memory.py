@@ -1,6 +1,7 @@
 """XLA's limit for pinned memory: from the machine's or the container's memory, and never against the user."""
 
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -10,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.training import host_memory
-from neva_jax.training.checkpoint import Checkpoints
 
 GIB = 2**30
 
@@ -94,80 +94,103 @@ def test_the_largest_first_and_what_does_not_divide_rounded_up():
     assert sizes == [8 * 2 * 2] * 8 + [4] * 16
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """What a reservation takes, as if the devices were GPUs: bytes of each block, and whether it is on the host."""
-    blocks = []
-    put = jax.device_put
+class Taken:
+    """What a reservation takes, as if the devices were GPUs: size and place of each block, and how many it held."""
 
-    def record(array, sharding):
-        blocks.append((array.nbytes, sharding.memory_kind))
-        return put(array, sharding)
+    def __init__(self, monkeypatch):
+        self.blocks, self.held, self._kept, self._put = [], [], [], jax.device_put
+        monkeypatch.setattr(host_memory.jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(host_memory.jax, "device_put", self)
 
-    monkeypatch.setattr(host_memory.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(host_memory.jax, "device_put", record)
-    return blocks
+    def __call__(self, array, sharding):
+        self.held.append(sum(kept() is not None for kept in self._kept))
+        self.blocks.append((array.nbytes, sharding.memory_kind))
+        block = self._put(array, sharding)
+        self._kept.append(weakref.ref(block))
+        return block
 
 
-def test_a_reservation_takes_what_a_save_copies(taken):
+def test_a_reservation_takes_what_a_save_copies_all_together(monkeypatch):
     arrays = sharded(*SPLITS)
-    taken.clear()
-    reservation = host_memory.Reservation(arrays)
-    reservation.wait()
-    assert sum(size for size, _ in taken) == sum(array.nbytes for array in arrays)
-    assert {kind for _, kind in taken} == {"pinned_host"}
+    taken = Taken(monkeypatch)
+    with host_memory.Reservation(arrays) as reservation:
+        reservation.wait()
+    assert sum(size for size, _ in taken.blocks) == sum(array.nbytes for array in arrays)
+    assert {kind for _, kind in taken.blocks} == {"pinned_host"}
+    assert taken.held == list(range(len(taken.blocks)))
+    assert reservation.said == ""  # it took no time
 
 
 def test_nothing_is_taken_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(host_memory.jax, "device_put", lambda *_: pytest.fail("memory was taken"))
-    host_memory.Reservation([jax.numpy.zeros(4)]).wait()
+    arrays, puts = sharded(*SPLITS), []
+    monkeypatch.setattr(host_memory.jax, "device_put", lambda *given: puts.append(given))
+    with host_memory.Reservation(arrays) as reservation:
+        reservation.wait()
+    assert puts == []
 
 
-def test_memory_that_cannot_be_had_is_left_to_the_save(taken, monkeypatch):
-    def refuse(*_):
-        taken.append(None)
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
-
+def test_what_takes_long_is_said(monkeypatch):
     arrays = sharded(P())
-    taken.clear()
+    Taken(monkeypatch)
+    monkeypatch.setattr(host_memory, "WORTH_SAYING", 0.0)
+    with host_memory.Reservation(arrays) as reservation:
+        reservation.wait()
+    assert reservation.said == "pinned 0.0 MiB of host memory for saves in 0 s"
+
+
+def test_memory_that_cannot_be_had_is_said(monkeypatch):
+    arrays, calls = sharded(P()), []
+
+    def refuse(array, sharding):
+        calls.append(None)
+        if len(calls) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+        return put(array, sharding)
+
+    taken = Taken(monkeypatch)
+    put = taken.__call__
     monkeypatch.setattr(host_memory.jax, "device_put", refuse)
-    host_memory.Reservation(arrays).wait()
-    assert taken == [None]
+    monkeypatch.setattr(host_memory, "readable", str)
+    with host_memory.Reservation(arrays) as reservation:
+        reservation.wait()
+    assert len(calls) == 3
+    assert reservation.said.startswith("only 128 of the 512 of host memory that a save copies to could be pinned (")
+    assert "Out of host memory" in reservation.said
 
 
-def test_a_reservation_that_is_closed_takes_no_more(taken, monkeypatch):
-    arrays, put, first, go_on = sharded(P()), host_memory.jax.device_put, threading.Event(), threading.Event()
-    taken.clear()
+@pytest.fixture
+def slow(monkeypatch):
+    """(its first block is asked for, it gets it, what was taken) of a reservation of 8 blocks."""
+    arrays, first, go_on = sharded(P()), threading.Event(), threading.Event()
+    taken = Taken(monkeypatch)
 
-    def slow(*arguments):
+    def put(*given):
         first.set()
-        assert go_on.wait(60)
-        return put(*arguments)
+        go_on.wait(30)
+        return taken(*given)
 
-    monkeypatch.setattr(host_memory.jax, "device_put", slow)
+    monkeypatch.setattr(host_memory.jax, "device_put", put)
+    return arrays, first, go_on, taken
+
+
+def test_on_the_way_out_no_more_is_taken(slow):
+    arrays, first, go_on, taken = slow
     reservation = host_memory.Reservation(arrays)
-    assert first.wait(60)
-    reservation._unwanted.set()
+    assert first.wait(30)
+    leaving = threading.Thread(target=reservation.__exit__, args=(None, None, None))
+    leaving.start()
+    assert reservation._unwanted.wait(30)
+    assert leaving.is_alive()  # the block under way is waited for
     go_on.set()
-    reservation.close()
-    assert len(taken) == 1
+    leaving.join(30)
+    assert len(taken.blocks) == 1
 
 
-def test_the_first_save_waits_for_its_memory_and_a_run_that_ends_does_not(tmp_path, monkeypatch):
-    order = []
-
-    class Slow(host_memory.Reservation):
-        def wait(self):
-            super().wait()
-            order.append("wait")
-
-        def close(self):
-            super().close()
-            order.append("close")
-
-    monkeypatch.setattr("neva_jax.training.checkpoint.Reservation", Slow)
-    with pytest.raises(RuntimeError, match="cannot be saved"), Checkpoints(tmp_path, 1) as checkpoints:
-        checkpoints.reserve([jax.numpy.zeros(4)])
-        (tmp_path / "checkpoints" / "7").mkdir()
-        checkpoints.save(3, {}, {}, {}, None)
-    assert order == ["wait", "close"]
+def test_waiting_ends_where_a_stop_is_asked_for(slow):
+    arrays, first, go_on, taken = slow
+    with host_memory.Reservation(arrays) as reservation:
+        reservation.wait(unless=first.is_set)
+        assert taken.blocks == []
+        go_on.set()
+        reservation.wait()
+        assert len(taken.blocks) == 8
