@@ -4,9 +4,10 @@ A save copies the state from the GPU into memory of the host that is pinned: onl
 lets a process pin 64 GiB, but the state of a fully finetuned 7B is 76 GiB: no save of it would succeed. Its pool grows
 with what is copied, to at most twice that; the limit is read once, when JAX first looks for devices.
 
-Pinning takes half a second for each GB of the pool, and what is pinned stays in it. So it is pinned while weights are
-read, and training does not wait for it at its first save, which may be the one that a scheduler's signal asks for. Nor
-may it reach into the compilation: while the driver pins, no kernel starts, and XLA would take its stopwatch's word.
+Pinning takes more than half a second for each GB of the pool, and what is pinned stays in it. So it is pinned while
+weights are read, and training does not wait for it at its first save, which may be the one that a scheduler's signal
+asks for. It ends before the step is compiled: while the driver pins no kernel starts, and XLA picks kernels by timing
+them.
 """
 
 import os

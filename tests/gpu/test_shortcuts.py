@@ -5,7 +5,7 @@ import pytest
 
 from neva_jax.config import PrecisionConfig
 from tests.training.layouts import Layout
-from tests.training.test_shortcuts import FP8, MOST, compute, flat, rows
+from tests.training.micro_batches import FP8, MOST, compute, flat, rows
 
 # Wide enough for the kernels.
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "num_kv_heads": 4, "init_std": 0.05}

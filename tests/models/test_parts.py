@@ -9,7 +9,7 @@ import pytest
 
 from neva_jax.models.parts import joined, next_in_turn, parted
 from tests.training.layouts import Layout
-from tests.training.test_shortcuts import FP8, MOST, compute, rows
+from tests.training.micro_batches import FP8, MOST, compute, rows
 
 
 def test_parts_are_put_together_as_they_were():
