@@ -31,7 +31,8 @@ from neva_jax.parallel.processes import add_process_arguments, connected, same_c
 from neva_jax.precision import fp8_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training import ema
-from neva_jax.training.checkpoint import Checkpoints, Meta, available_components, newest_step, read_meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, available_components, newest_step, read_meta
 from neva_jax.training.disk import probe
 from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.host_memory import Reservation, allow_large_saves

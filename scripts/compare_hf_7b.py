@@ -243,7 +243,7 @@ def ours(options: argparse.Namespace) -> None:
     from neva_jax.models.neva import abstract_model
     from neva_jax.parallel.mesh import one_device_mesh, shardings
     from neva_jax.precision.policy import compute_dtype
-    from neva_jax.training.checkpoint import available_components, locate, read_meta
+    from neva_jax.training.checkpoint_meta import available_components, locate, read_meta
     from neva_jax.training.weights import load_components
 
     jax.config.update("jax_default_matmul_precision", "highest")  # no TF32; bf16 products are as ever

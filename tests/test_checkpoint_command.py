@@ -11,7 +11,8 @@ import pytest
 from neva_jax import checkpoint
 from neva_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from neva_jax.errors import UserError, exit_with
-from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta
 from neva_jax.training.manifest import files_of
 from neva_jax.training.retention import steps_in
 

@@ -33,7 +33,7 @@ from neva_jax.data.pipeline import SampleMaker
 from neva_jax.data.sources import Sources
 from neva_jax.errors import RunError, UserError, exit_with
 from neva_jax.models.neva import abstract_model
-from neva_jax.training.checkpoint import locate
+from neva_jax.training.checkpoint_meta import locate
 from neva_jax.training.metrics import RunLog
 from tests.conftest import ONE_DEVICE_FLAGS
 

@@ -35,7 +35,8 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.derived import parse_mesh_shape
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh
-from neva_jax.training.checkpoint import Checkpoints, Meta, verify
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, verify
 from neva_jax.training.host_memory import Reservation, allow_large_saves
 from neva_jax.training.manifest import size_of
 from neva_jax.training.optimizer import make_optimizer

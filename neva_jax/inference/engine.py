@@ -33,7 +33,7 @@ from neva_jax.models.llama_layer import LayerCache
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import one_device_mesh, shardings
 from neva_jax.precision.policy import compute_dtype
-from neva_jax.training.checkpoint import available_components, locate, read_meta, verify
+from neva_jax.training.checkpoint_meta import available_components, locate, read_meta, verify
 from neva_jax.training.weights import load_components
 
 BUCKET = 64

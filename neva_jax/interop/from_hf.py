@@ -31,7 +31,7 @@ from neva_jax.interop.output import check_folder, replacing_folder
 from neva_jax.interop.sources import Source, gather
 from neva_jax.interop.store import Block, LazyArray, chunk_shape, save
 from neva_jax.interop.tensors import DTYPES, Tensor, Tensors
-from neva_jax.training.checkpoint import Meta
+from neva_jax.training.checkpoint_meta import Meta
 
 BLOCK_BYTES = 64 * 2**20  # of the vocabulary that is in memory at a time
 MOST_PADDING = 1024  # rows beyond the tokenizer's size that count as padding

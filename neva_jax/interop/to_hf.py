@@ -28,7 +28,7 @@ from neva_jax.interop.names import Parameter, parameters
 from neva_jax.interop.output import check_folder, replacing_folder
 from neva_jax.interop.store import SavedArrays
 from neva_jax.interop.tensors import DTYPE_NAMES, SafetensorsWriter
-from neva_jax.training.checkpoint import Meta, available_components, locate, read_meta
+from neva_jax.training.checkpoint_meta import Meta, available_components, locate, read_meta
 from neva_jax.training.weights import check_averaged
 
 BLOCK_BYTES = 64 * 2**20

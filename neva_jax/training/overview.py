@@ -10,7 +10,7 @@ from neva_jax.config import COMPONENTS
 from neva_jax.derived import trained_components
 from neva_jax.errors import UserError
 from neva_jax.files import readable
-from neva_jax.training.checkpoint import Meta, available_components, read_meta, verify
+from neva_jax.training.checkpoint_meta import Meta, available_components, read_meta, verify
 from neva_jax.training.manifest import DamagedCheckpoint, Level, Progress, size_of
 from neva_jax.training.retention import steps_in
 from neva_jax.training.weights import saved_shapes

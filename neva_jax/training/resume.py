@@ -16,7 +16,8 @@ from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.precision import fp8
-from neva_jax.training.checkpoint import Checkpoints, Meta, newest_step, read_meta, verify
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, newest_step, read_meta, verify
 from neva_jax.training.manifest import DamagedCheckpoint, Level
 from neva_jax.training.retention import set_aside, steps_in, tidy
 from neva_jax.training.weights import SHAPELESS, differences

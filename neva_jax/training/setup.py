@@ -24,7 +24,7 @@ from neva_jax.parallel.mesh import replicated, shardings, zero1_sharding
 from neva_jax.precision import fp8
 from neva_jax.precision.fp8_recipe import make_recipe
 from neva_jax.precision.policy import frozen_dtype
-from neva_jax.training.checkpoint import available_components, locate, read_meta, verify
+from neva_jax.training.checkpoint_meta import available_components, locate, read_meta, verify
 from neva_jax.training.manifest import Level
 from neva_jax.training.weights import (
     check_averaged,

@@ -1,6 +1,6 @@
 """Parameters out of checkpoints: onto any mesh, along the chain of bases, whole or in part.
 
-sources     component -> the checkpoint step that has it (`checkpoint.available_components`)
+sources     component -> the checkpoint step that has it (`checkpoint_meta.available_components`)
 averaged    the step whose moving average (`optimizer.ema_decay`) is read instead of its parameters
 """
 
@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 from neva_jax.config import COMPONENTS, Config
 from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
-from neva_jax.training.checkpoint import read_meta, read_state
+from neva_jax.training.checkpoint import read_state
+from neva_jax.training.checkpoint_meta import read_meta
 from neva_jax.training.disk import reason
 from neva_jax.training.manifest import DamagedCheckpoint
 

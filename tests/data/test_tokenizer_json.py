@@ -25,7 +25,7 @@ from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
-from neva_jax.training.checkpoint import Meta, read_meta
+from neva_jax.training.checkpoint_meta import Meta, read_meta
 from neva_jax.training.resume import resumed_meta
 
 CORPUS = [

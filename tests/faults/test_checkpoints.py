@@ -25,7 +25,8 @@ from neva_jax.config import Config, RunConfig
 from neva_jax.errors import RunError, UserError
 from neva_jax.parallel.mesh import one_device_mesh, replicated
 from neva_jax.training import checkpoint, disk
-from neva_jax.training.checkpoint import Checkpoints, Meta, read_meta, verify
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, read_meta, verify
 from neva_jax.training.disk import probe
 from neva_jax.training.manifest import DamagedCheckpoint, files_of
 from neva_jax.training.resume import resumed_meta

@@ -24,7 +24,8 @@ from neva_jax.data.tokenizer import Tokenizer, add_tokens
 from neva_jax.errors import UserError
 from neva_jax.inference.engine import Engine, Reply, Request, SamplingOptions
 from neva_jax.models.neva import abstract_model, random_parameters
-from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta
 from neva_jax.training.manifest import write_manifest
 from neva_jax.training.setup import with_vocabulary
 from tests.data.conversations import CHATML, KINDS, images, talk, toy

@@ -12,7 +12,7 @@ from flax import nnx
 from neva_jax.convert import main
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import make_mesh, shardings
-from neva_jax.training.checkpoint import available_components, locate, read_meta
+from neva_jax.training.checkpoint_meta import available_components, locate, read_meta
 from neva_jax.training.weights import load_components
 
 

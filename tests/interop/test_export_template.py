@@ -15,7 +15,7 @@ from neva_jax.data.tiles import ImageSpan
 from neva_jax.interop.export_files import write_tokenizer
 from neva_jax.interop.export_template import chat_template, obstacle, starts_with_bos
 from neva_jax.interop.to_hf import _generation
-from neva_jax.training.checkpoint import Meta
+from neva_jax.training.checkpoint_meta import Meta
 from tests.data.conversations import CHATML, KINDS, toy
 
 # (system, messages as (role, number of images, text)); without label

@@ -13,7 +13,7 @@ from neva_jax.configfile import load_config
 from neva_jax.inference.engine import Engine, Request, SamplingOptions
 from neva_jax.interop import from_hf as from_hf_module
 from neva_jax.interop import store
-from neva_jax.training.checkpoint import available_components, locate, read_meta
+from neva_jax.training.checkpoint_meta import available_components, locate, read_meta
 from neva_jax.training.setup import starting_weights
 from tests.interop import folders
 from tests.interop.conftest import assert_same, load, written

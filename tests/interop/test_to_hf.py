@@ -27,7 +27,8 @@ from neva_jax.interop import to_hf as to_hf_module
 from neva_jax.interop.export_config import text_config
 from neva_jax.interop.names import llm_parameters
 from neva_jax.interop.tensors import open_weights
-from neva_jax.training.checkpoint import Checkpoints, Meta, locate, read_meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, locate, read_meta
 from tests.interop import folders
 from tests.interop.conftest import load, written
 

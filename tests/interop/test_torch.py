@@ -18,7 +18,7 @@ from neva_jax.data.tiles import image_span, picture  # noqa: E402
 from neva_jax.derived import image_tokens  # noqa: E402
 from neva_jax.interop.tensors import open_weights  # noqa: E402
 from neva_jax.models.neva import Neva  # noqa: E402
-from neva_jax.training.checkpoint import locate, read_meta  # noqa: E402
+from neva_jax.training.checkpoint_meta import locate, read_meta  # noqa: E402
 from tests.interop import folders  # noqa: E402
 from tests.interop.conftest import load  # noqa: E402
 from tests.models.helpers import graph  # noqa: E402

@@ -26,7 +26,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from neva_jax.data.tiles import image_span
-from neva_jax.training.checkpoint import locate, read_meta
+from neva_jax.training.checkpoint_meta import locate, read_meta
 from tests.interop import folders
 
 IMAGE = 400  # the tests' tokenizer has 400 tokens

@@ -1,12 +1,7 @@
 """Checkpoints: bit-equal on any mesh, self-describing, chained to their bases, and complete or absent."""
 
 import dataclasses
-import hashlib
-import json
-import re
 import shutil
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,87 +10,28 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from neva_jax.config import Config, DataConfig, PrecisionConfig
-from neva_jax.configfile import to_dict
 from neva_jax.errors import UserError
 from neva_jax.interop.store import SavedArrays
-from neva_jax.parallel.mesh import make_mesh, one_device_mesh
+from neva_jax.parallel.mesh import one_device_mesh
 from neva_jax.training import checkpoint
-from neva_jax.training.checkpoint import (
-    Checkpoints,
-    Meta,
-    available_components,
-    locate,
-    newest_step,
-    read_meta,
-)
-from neva_jax.training.optimizer import make_optimizer
-from neva_jax.training.setup import abstract_optimizer, abstract_parameters
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta, available_components, locate, newest_step
+from neva_jax.training.setup import abstract_parameters
 from neva_jax.training.weights import check_compatible, load_components
-from tests.models.helpers import tiny_config
+from tests.training.saved import (
+    ALL,
+    CONFIG,
+    abstract_state,
+    assert_placed,
+    assert_same,
+    config_of,
+    eight_devices,
+    random_like,
+    random_state,
+    save,
+)
 
-ALL = ("vision", "projector", "llm")
 FP32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
-
-
-def config_of(frozen=("vision",), compute="bf16", **llm):
-    model = tiny_config()
-    parts = {name: dataclasses.replace(getattr(model, name), freeze=name in frozen) for name in ALL}
-    parts["llm"] = dataclasses.replace(parts["llm"], **llm)
-    model = dataclasses.replace(model, **parts)
-    return Config(model=model, data=DataConfig(template="plain"), precision=PrecisionConfig(compute=compute))
-
-
-CONFIG = config_of()
-
-
-def eight_devices():
-    return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-
-
-def abstract_state(mesh, config=CONFIG):
-    """(parameters, optimizer state) as shapes: vision in bf16, the rest in fp32."""
-    params = abstract_parameters(config, mesh)[1]
-    optimizer = make_optimizer(config.optimizer, 10)
-    return params, abstract_optimizer(optimizer, {name: params[name] for name in ("projector", "llm")}, mesh)
-
-
-def random_like(abstract, seed):
-    draw = np.random.default_rng(seed)
-
-    def array(leaf):
-        values = draw.normal(size=leaf.shape) if jnp.issubdtype(leaf.dtype, jnp.floating) else draw.integers(0, 99)
-        return jax.device_put(jnp.asarray(values, leaf.dtype).reshape(leaf.shape), leaf.sharding)
-
-    return jax.tree.map(array, abstract)
-
-
-def random_state(mesh, seed=0, config=CONFIG):
-    return random_like(abstract_state(mesh, config), seed)
-
-
-def save(run_dir, step, tokenizer, *, components=ALL, seed=0, config=CONFIG, base=None):
-    """Saves random numbers as the state of a step; returns (params, optimizer state)."""
-    random_params, optimizer = random_state(one_device_mesh(), seed, config)
-    params = {name: random_params[name] for name in components}
-    with Checkpoints(run_dir, None) as checkpoints:
-        meta = Meta(step, config, components, base, tokenizer)
-        checkpoints.save(step, params, optimizer, {"samples": 8 * step, "bad_rows": ["a: row 3"]}, meta)
-    return params, optimizer
-
-
-def assert_same(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes()
-
-
-def assert_placed(arrays, abstract):
-    for array, leaf in zip(jax.tree.leaves(arrays), jax.tree.leaves(abstract), strict=True):
-        assert array.sharding.is_equivalent_to(leaf.sharding, array.ndim)
-
 
 # --- state -----------------------------------------------------------------------------------------------------------
 
@@ -207,13 +143,6 @@ def test_the_newest_are_kept(keep, left, tokenizer, tmp_path):
 # --- which checkpoint ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tokenizer, tmp_path) -> Path:
-    """A run with one complete checkpoint, of step 5."""
-    save(tmp_path / "run", 5, tokenizer)
-    return tmp_path / "run"
-
-
 def test_an_unfinished_checkpoint_is_neither_the_newest_nor_in_the_way(run, tokenizer):
     """What a save that was cut off leaves behind."""
     shutil.copytree(run / "checkpoints" / "5", run / "checkpoints" / "7.orbax-checkpoint-tmp")
@@ -227,150 +156,12 @@ def test_an_unfinished_checkpoint_is_neither_the_newest_nor_in_the_way(run, toke
     assert_same(restored[:2], (params, optimizer))
 
 
-def test_a_damaged_newest_checkpoint_is_named_with_the_way_back(run):
-    """To go on from an older one without a word would lose steps."""
-    newest = run / "checkpoints" / "9"
-    (newest / "state").mkdir(parents=True)
-    for find in (lambda: newest_step(run / "checkpoints"), lambda: locate(run)):
-        with pytest.raises(UserError, match=rf"^{newest}: is damaged, .* move it away to go back to step 5$"):
-            find()
-    shutil.rmtree(run / "checkpoints" / "5")
-    with pytest.raises(UserError, match=r"to go back to the start$"):
-        newest_step(run / "checkpoints")
-
-
 def test_a_step_that_is_not_saved_is_an_error(run, tokenizer):
     with pytest.raises(RuntimeError, match=rf"^{run}/checkpoints: step 3 cannot be saved; step 5 is there$"):
         save(run, 3, tokenizer)
 
 
-def test_steps_are_numbers(run, tokenizer):
-    save(run, 10, tokenizer)
-    assert newest_step(run / "checkpoints") == 10
-
-
-def test_a_checkpoint_is_found_from_its_run_its_folder_and_itself(run):
-    step_dir = run / "checkpoints" / "5"
-    for path in (run, run / "checkpoints", step_dir, str(run)):
-        assert locate(path) == step_dir
-
-
-def test_a_folder_without_checkpoint_is_named(tmp_path):
-    assert newest_step(tmp_path / "nope") is None
-    for path in (tmp_path, tmp_path / "nope"):
-        message = f"{path}: holds no checkpoint; name a run's directory, or a step in its checkpoints/"
-        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            locate(path)
-
-
-# --- meta ------------------------------------------------------------------------------------------------------------
-
-
-def test_meta_json(tokenizer, tokenizer_path, tmp_path):
-    save(tmp_path, 5, tokenizer, components=("projector", "llm"), base="/somewhere/base")
-    folder = tmp_path / "checkpoints" / "5" / "meta"
-    assert (folder / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
-    sha256 = hashlib.sha256(tokenizer_path.read_bytes()).hexdigest()
-    packages = ("neva_jax", "jax", "flax", "optax", "orbax-checkpoint")
-    assert json.loads((folder / "meta.json").read_text()) == {
-        "format": 2,
-        "step": 5,
-        "components": ["projector", "llm"],
-        "base": "/somewhere/base",
-        "ema": False,
-        "template": "plain",
-        "tokenizer": {
-            "file": "tokenizer.model",
-            "sha256": sha256,
-            "size": 400,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-        },
-        "versions": {name: version(name) for name in packages},
-        "config": to_dict(CONFIG),
-    }
-
-
-def test_meta_is_read_back(run, tokenizer):
-    meta = read_meta(run / "checkpoints" / "5")
-    assert (meta.step, meta.config, meta.components, meta.base) == (5, CONFIG, ALL, None)
-    assert meta.tokenizer.serialized == tokenizer.serialized
-
-
-def set_json(path: Path, **changes) -> None:
-    described = json.loads(path.read_text())
-    for name, value in changes.items():
-        described[name] = value
-    path.write_text(json.dumps({name: value for name, value in described.items() if value is not None}))
-
-
-BROKEN = {
-    "a newer format": (
-        lambda meta: set_json(meta / "meta.json", format=3),
-        "{meta}/meta.json: is of format 3, this version reads 1 to 2: was written by a newer neva_jax; install that",
-    ),
-    "another tokenizer": (
-        lambda meta: (meta / "tokenizer.model").write_bytes((meta / "tokenizer.model").read_bytes() + b"\x1a\x00"),
-        "{meta}/tokenizer.model: is not the file that the checkpoint was saved with",
-    ),
-    "no tokenizer": (lambda meta: (meta / "tokenizer.model").unlink(), "{meta}/tokenizer.model: cannot be read"),
-    "cut": (lambda meta: (meta / "meta.json").write_text('{"format": 1, '), "{meta}/meta.json: is broken"),
-    "empty": (lambda meta: (meta / "meta.json").write_text(""), "{meta}/meta.json: is broken"),
-    "a list": (lambda meta: (meta / "meta.json").write_text("[]"), "{meta}/meta.json: is broken"),
-    "no text": (lambda meta: (meta / "meta.json").write_bytes(b"\xff\x00\xfe"), "{meta}/meta.json: is broken"),
-    "a folder": (
-        lambda meta: ((meta / "meta.json").unlink(), (meta / "meta.json").mkdir()),
-        "{meta}/meta.json: is broken",
-    ),
-    "no components": (lambda meta: set_json(meta / "meta.json", components=None), "{meta}/meta.json: is broken"),
-    "no configuration": (lambda meta: set_json(meta / "meta.json", config=None), "{meta}/meta.json: is broken"),
-    "an unknown key": (
-        lambda meta: set_json(meta / "meta.json", config={"model": {"lllm": {"hidden_size": 1}}}),
-        "unknown key model.lllm",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_checkpoint_is_named(name, run):
-    damage, message = BROKEN[name]
-    meta = run / "checkpoints" / "5" / "meta"
-    damage(meta)
-    with pytest.raises(UserError) as caught:
-        read_meta(meta.parent)
-    assert message.format(meta=meta) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 # --- bases -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chain(tokenizer, tmp_path) -> Path:
-    """Three runs: `first` has everything, `second` a projector, `third` a language model; each starts from the last."""
-    save(tmp_path / "first", 2, tokenizer, seed=1)
-    save(tmp_path / "second", 4, tokenizer, components=("projector",), seed=2, base=str(tmp_path / "first"))
-    save(tmp_path / "third", 6, tokenizer, components=("llm",), seed=3, base=str(tmp_path / "second"))
-    return tmp_path
-
-
-def test_components_come_from_the_nearest_checkpoint_that_has_them(chain):
-    first, second, third = (
-        chain / name / "checkpoints" / step for name, step in (("first", "2"), ("second", "4"), ("third", "6"))
-    )
-    assert available_components(chain / "first") == dict.fromkeys(ALL, first)
-    assert available_components(chain / "second") == {"vision": first, "projector": second, "llm": first}
-    assert available_components(third) == {"vision": first, "projector": second, "llm": third}
-
-
-def test_a_base_that_is_gone_is_named_with_the_checkpoint_that_needs_it(chain):
-    (chain / "first").rename(chain / "away")
-    second, third = chain / "second" / "checkpoints" / "4", chain / "third" / "checkpoints" / "6"
-    with pytest.raises(UserError) as caught:
-        available_components(chain / "third")
-    assert str(caught.value).startswith(
-        f"{third}: its base cannot be read: {second}: its base cannot be read: {chain}/first: holds no checkpoint"
-    )
 
 
 @pytest.mark.parametrize("mesh", [one_device_mesh, eight_devices])

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta
 from tests.training.layouts import ROWS, STEPS, Layout, advance, fresh, prepare, starting_parameters
 
 LAYOUTS = [

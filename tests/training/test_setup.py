@@ -15,7 +15,8 @@ from neva_jax.config import CheckpointConfig, Config, PrecisionConfig, RunConfig
 from neva_jax.errors import UserError
 from neva_jax.models.neva import abstract_model
 from neva_jax.parallel.mesh import make_mesh, one_device_mesh, shardings
-from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from neva_jax.training.checkpoint import Checkpoints, Meta
+from neva_jax.training.checkpoint import Checkpoints
+from neva_jax.training.checkpoint_meta import Meta
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import (
     abstract_optimizer,
