@@ -11,7 +11,8 @@
 
 The first five are shapes divided by the one logical-axis table. `kept` is what `jax.vjp` returns for the real model,
 `temporary` comes from walking the traced program (`liveness.py`). Where a copy is the compiler's choice (layout copies,
-padding, fragmentation) nothing is counted: docs/planning.md says how far measurements lie from this.
+padding, fragmentation) nothing is counted but one that is as large as the weights (`_cut_from_stack`):
+docs/planning.md says how far measurements lie from this.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import numpy as np
 
 from neva_jax.checks import check_mesh
 from neva_jax.config import Config
-from neva_jax.derived import frozen_components, padded_vocab, trained_components
+from neva_jax.derived import all_unrolled, frozen_components, padded_vocab, trained_components
 from neva_jax.planning.liveness import nbytes
 from neva_jax.planning.trace import (
     Traced,
@@ -103,9 +104,10 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     share = _Share(config, sizes, program)
     # With ZeRO-1 gradients are reduced onto the shards of the moments (training.setup.place_updates).
     gradients = (local_bytes(moments) // 2 if config.mesh.zero1 else local_bytes(trained)) * min(accumulate, 2)
-    kept = share.kept()
+    copied = _cut_from_stack(config, sizes, frozen) if platform == "gpu" else 0
+    kept = share.kept() + copied
     updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
-    peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates)
+    peak = max(kept + gradients + program.peak.inside, share.peak() + copied + gradients, updates)
     memory = Memory(
         masters=local_bytes(trained),
         frozen=local_bytes(frozen),
@@ -117,6 +119,15 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
         temporary=peak - kept - gradients,
     )
     return Estimate(config, sizes, accumulate, backend, parameters, memory, program.kept[:12])
+
+
+def _cut_from_stack(config: Config, sizes: dict[str, int], frozen: Parameters) -> int:
+    """The shards of frozen layers that XLA cuts out of their stack before it gathers them over fsdp, and keeps for the
+    backward pass, which gathers them again. Only where layers are unrolled; kernels held in FP8 are not copied.
+    """
+    if sizes["fsdp"] == 1 or not all_unrolled(config) or "llm" not in frozen:
+        return 0
+    return 0 if config.precision.compute.startswith("fp8") else local_bytes(frozen["llm"]["layers"])
 
 
 def local_bytes(tree: Any) -> int:

@@ -162,6 +162,19 @@ def test_a_kept_cast_of_weights_is_spread_over_fsdp(shipped):
     assert whole + gathered_head(config) - spread == pytest.approx(cast * 3 / 4, rel=0.02)
 
 
+def test_shards_of_unrolled_frozen_layers_are_kept_once_more_over_fsdp(shipped):
+    """What XLA's account for H200s said: 0.1885 GiB a layer over fsdp=2, bf16; nothing over data, nor in FP8."""
+    four = {"data": 1, "fsdp": 4, "tensor": 1}
+
+    def more(*settings):
+        config = shipped("pretrain_7b", "train.global_batch=128", "mesh.shape=data=1", *settings)
+        return estimate(config, four).memory.kept - estimate(config, ONE).memory.kept - gathered_head(config) // 2
+
+    layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert more() == pytest.approx(layers / 4, rel=1e-3)
+    assert more("train.unroll=1") == more("precision.compute=fp8_delayed") == 0
+
+
 def test_seventy_billion_on_a_thousand_devices_that_are_not_here(shipped):
     before = len(jax.live_arrays())
     config = shipped(
