@@ -37,6 +37,15 @@ def all_unrolled(config: Config) -> bool:
     return config.train.unroll >= config.model.llm.num_layers
 
 
+def gathered_once(config: Config) -> bool:
+    """Whether XLA gathers the language model's weights over fsdp once for both passes, and keeps them in between.
+
+    So it does where all layers are unrolled, trained, and not computed again (in FP8 not: docs/planning.md).
+    """
+    again = config.train.remat != "none" or config.precision.compute.startswith("fp8")
+    return all_unrolled(config) and not config.model.llm.freeze and not again
+
+
 def image_tokens(model: ModelConfig) -> int:
     """P, the number of tokens that one tile takes: its grid, and the class token where it is kept."""
     return token_grid(model) ** 2 + (model.vision.select_feature == "cls_patch")

@@ -11,8 +11,8 @@
 
 The first five are shapes divided by the one logical-axis table. `kept` is what `jax.vjp` returns for the real model,
 `temporary` comes from walking the traced program (`liveness.py`). Where a copy is the compiler's choice (layout copies,
-padding, fragmentation) nothing is counted but one that is as large as the weights (`_cut_from_stack`):
-docs/planning.md says how far measurements lie from this.
+padding, fragmentation) nothing is counted but one that is as large as the weights (`_kept_by_xla`): docs/planning.md
+says how far measurements lie from this.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from neva_jax.checks import check_mesh
 from neva_jax.config import Config
-from neva_jax.derived import all_unrolled, frozen_components, padded_vocab, trained_components
+from neva_jax.derived import all_unrolled, frozen_components, gathered_once, padded_vocab, trained_components
 from neva_jax.planning.liveness import nbytes
 from neva_jax.planning.trace import (
     Traced,
@@ -33,6 +34,7 @@ from neva_jax.planning.trace import (
     batch_shapes,
     traced,
 )
+from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import Parameters, abstract_optimizer, abstract_parameters
 
@@ -104,7 +106,7 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     share = _Share(config, sizes, program)
     # With ZeRO-1 gradients are reduced onto the shards of the moments (training.setup.place_updates).
     gradients = (local_bytes(moments) // 2 if config.mesh.zero1 else local_bytes(trained)) * min(accumulate, 2)
-    copied = _cut_from_stack(config, sizes, frozen) if platform == "gpu" else 0
+    copied = _kept_by_xla(config, sizes, parameters["llm"]) if platform == "gpu" else 0
     kept = share.kept() + copied
     updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
     peak = max(kept + gradients + program.peak.inside, share.peak() + copied + gradients, updates)
@@ -121,13 +123,20 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     return Estimate(config, sizes, accumulate, backend, parameters, memory, program.kept[:12])
 
 
-def _cut_from_stack(config: Config, sizes: dict[str, int], frozen: Parameters) -> int:
-    """The shards of frozen layers that XLA cuts out of their stack before it gathers them over fsdp, and keeps for the
-    backward pass, which gathers them again. Only where layers are unrolled; kernels held in FP8 are not copied.
+def _kept_by_xla(config: Config, sizes: dict[str, int], llm: Parameters) -> int:
+    """Weights of unrolled layers that XLA keeps over fsdp for the backward pass, beside what JAX does; none in FP8.
+
+    Frozen ones: the shard, which it cuts out of the stack before it gathers it, and gathers again. Trained ones, where
+    nothing is computed again: the whole layer, gathered once (`gathered_once`).
     """
-    if sizes["fsdp"] == 1 or not all_unrolled(config) or "llm" not in frozen:
+    if sizes["fsdp"] == 1 or not all_unrolled(config) or config.precision.compute.startswith("fp8"):
         return 0
-    return 0 if config.precision.compute.startswith("fp8") else local_bytes(frozen["llm"]["layers"])
+    if config.model.llm.freeze:
+        return local_bytes(llm["layers"])
+    if not gathered_once(config):
+        return 0
+    masters = local_bytes(llm["layers"]) * sizes["fsdp"]  # fp32
+    return masters // 4 * jnp.dtype(compute_dtype(config.precision)).itemsize
 
 
 def local_bytes(tree: Any) -> int:

@@ -8,7 +8,8 @@ Bytes are those that one device sends in a ring over n devices (Patarasuk & Yuan
 What is sent, for each of the A micro batches of a step (B rows of T tokens per group, L layers of width D):
 
     fsdp     all-gather of weights in the compute dtype: forward, and again backward (ZeRO-3, Rajbhandari et al. 2020,
-             section 7.2); those of a frozen encoder forward only
+             section 7.2); forward only those of a frozen encoder, and of a language model whose layers are unrolled,
+             trained and not computed again; kernels held in FP8 a byte an element, each layout in its pass
     fsdp     reduce-scatter of gradients, trained parameters only
     data     all-reduce of gradients, trained parameters only; with mesh.zero1 also all-gather of the new fp32
              parameters (section 7.1 there has reduce-scatter and all-gather: here a device owns whole layers, and a
@@ -38,7 +39,7 @@ import numpy as np
 
 from neva_jax.config import MESH_AXES, Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import patch_grid, trained_components
+from neva_jax.derived import gathered_once, patch_grid, trained_components
 from neva_jax.planning.flops import (
     Flops,
     flops_per_row,
@@ -141,11 +142,12 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
 
     gathered = reduced = whole = encoder = 0.0
     for name, tree in plan.layout.items():
-        forward_only = name == "vision" and config.model.vision.freeze
+        once = gathered_once(config) if name == "llm" else name == "vision" and config.model.vision.freeze
         for leaf in jax.tree.leaves(tree):
             split = "fsdp" in leaf.sharding.spec
-            held = float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * item
-            gathered += held * fsdp * (1 if forward_only else 2) if split else 0.0
+            stored = leaf.dtype.itemsize == 1  # in FP8, a layout for each pass
+            held = float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * (1 if stored else item)
+            gathered += held * fsdp * (1 if once or stored else 2) if split else 0.0
             if name in trained_components(config.model):
                 reduced += held * fsdp if split else 0.0
                 whole += held

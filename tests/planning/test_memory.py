@@ -175,6 +175,21 @@ def test_shards_of_unrolled_frozen_layers_are_kept_once_more_over_fsdp(shipped):
     assert more("train.unroll=1") == more("precision.compute=fp8_delayed") == 0
 
 
+def test_unrolled_layers_that_are_trained_and_not_computed_again_are_kept_whole_over_fsdp(shipped):
+    """What XLA's account for H200s said: each layer is gathered once. It keeps none of the others' gathered weights."""
+    four = {"data": 1, "fsdp": 4, "tensor": 1}
+
+    def more(*settings):
+        rows = ["train.global_batch=64", "mesh.shape=data=1", "train.remat=none", "train.unroll=32"]
+        config = shipped("finetune_7b", *rows, *settings)
+        return estimate(config, four).memory.kept - estimate(config, ONE).memory.kept - gathered_head(config)
+
+    whole = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert more() == pytest.approx(whole, rel=1e-3)
+    assert more("train.remat=dots") == more("precision.compute=fp8_delayed") == 0
+    assert more("train.unroll=1") == pytest.approx(-whole * 3 / 4, rel=1e-2)  # a loop keeps each device's own shards
+
+
 def test_seventy_billion_on_a_thousand_devices_that_are_not_here(shipped):
     before = len(jax.live_arrays())
     config = shipped(
