@@ -83,6 +83,8 @@ else
   done
   finetune --mesh-shape "tensor=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
   finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
+  # Weights gathered twice, and not kept (docs/parallelism.md).
+  finetune --mesh-shape "fsdp=$gpus" train.unroll=32 train.remat=dots --micro-batch 4
   pretrain --mesh-shape "data=$gpus" --tokens 345 data.template=llama_2
   pretrain --mesh-shape "data=$gpus" --tokens 345 data.template=llama_2 "${fp8[@]}"
   pretrain --mesh-shape "data=$gpus" --tokens 320 "${fp8[@]}"
