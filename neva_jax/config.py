@@ -353,7 +353,7 @@ class TrainConfig:
     unroll: int = key(
         1,
         "Layers per iteration of the scan over layers. All of them: faster, compiled for longer, and `remat: none` "
-        "takes what `dots` takes in a loop.",
+        "takes what `dots` takes in a loop (over fsdp: docs/parallelism.md).",
     )
     loss_chunk: int = key(512, "Positions per row whose logits exist at a time.")
     labelled_positions: int | None = key(

@@ -37,10 +37,10 @@ def all_unrolled(config: Config) -> bool:
     return config.train.unroll >= config.model.llm.num_layers
 
 
-def gathered_once(config: Config) -> bool:
-    """Whether XLA gathers the language model's weights over fsdp once for both passes, and keeps them in between.
+def layers_kept_whole(config: Config) -> bool:
+    """Whether XLA gathers the language model's layers over fsdp once for both passes, and keeps them in between.
 
-    So it does where all layers are unrolled, trained, and not computed again (in FP8 not: docs/planning.md).
+    So it does where all are unrolled, trained, and not computed again; by FP8's casts not (docs/parallelism.md).
     """
     again = config.train.remat != "none" or config.precision.compute.startswith("fp8")
     return all_unrolled(config) and not config.model.llm.freeze and not again

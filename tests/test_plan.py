@@ -94,11 +94,10 @@ def test_layers_that_fsdp_would_keep_whole_need_not_be(planned):
     unrolled = ["train.remat=none", "train.unroll=32", "mesh.shape=fsdp=8", "--devices", "8", "--json"]
     knobs = {k["override"]: k for k in json.loads(planned(*FINETUNE, *unrolled))["knobs"]}
     copy = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert knobs["train.remat=dots"]["saved"] == pytest.approx(copy, rel=0.01)
+    # The gradients' shards, fp32, would have taken the place of a quarter.
+    assert knobs["train.remat=dots"]["saved"] == pytest.approx(copy * 3 / 4, rel=0.01)
     assert knobs["train.remat=dots"]["changes"] == "weights are gathered twice"
-    assert knobs["train.remat=dots train.unroll=1"]["saved"] > copy
-    one = ["train.remat=none", "train.unroll=32", "mesh.shape=data=8", "--devices", "8", "--json"]
-    assert "train.remat=dots" not in {k["override"] for k in json.loads(planned(*FINETUNE, *one))["knobs"]}
+    assert knobs["train.remat=dots train.unroll=1"]["saved"] > copy * 3 / 4
 
 
 def test_a_plan_that_fits_within_its_error_is_tight(planned):

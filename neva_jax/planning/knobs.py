@@ -8,7 +8,7 @@ from typing import Any
 from neva_jax.checks import check_numbers
 from neva_jax.config import Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import all_unrolled, frozen_components, gathered_once, image_tokens
+from neva_jax.derived import all_unrolled, frozen_components, image_tokens, layers_kept_whole
 from neva_jax.errors import UserError
 from neva_jax.planning.memory import Estimate, estimate
 from neva_jax.planning.speed import Machine, predict
@@ -57,7 +57,7 @@ def _candidates(plan: Estimate) -> Iterator[tuple[Config, dict[str, int], str, s
 
     # Unrolled layers that are recomputed save less, if anything: XLA keeps little of them anyway.
     loop = {"unroll": 1} if all_unrolled(config) else {}
-    if sizes["fsdp"] > 1 and gathered_once(config):
+    if sizes["fsdp"] > 1 and layers_kept_whole(config) and (train.remat_method, train.remat_layers) == ("uniform", 1):
         yield change("train", "weights are gathered twice", remat="dots")
     for policy in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[train.remat]:
         yield change("train", remat=policy, **loop)

@@ -25,7 +25,14 @@ import numpy as np
 
 from neva_jax.checks import check_mesh
 from neva_jax.config import Config
-from neva_jax.derived import all_unrolled, frozen_components, gathered_once, padded_vocab, trained_components
+from neva_jax.derived import (
+    all_unrolled,
+    frozen_components,
+    layers_kept_whole,
+    padded_vocab,
+    remat_group,
+    trained_components,
+)
 from neva_jax.planning.liveness import nbytes
 from neva_jax.planning.trace import (
     Traced,
@@ -106,10 +113,10 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
     share = _Share(config, sizes, program)
     # With ZeRO-1 gradients are reduced onto the shards of the moments (training.setup.place_updates).
     gradients = (local_bytes(moments) // 2 if config.mesh.zero1 else local_bytes(trained)) * min(accumulate, 2)
-    copied = _kept_by_xla(config, sizes, parameters["llm"]) if platform == "gpu" else 0
-    kept = share.kept() + copied
+    kept = share.kept()
+    copies = _kept_by_xla(config, sizes, parameters["llm"]) if platform == "gpu" else 0
     updates = (1 if config.mesh.zero1 else 2) * local_bytes(trained) if platform == "cpu" else 0
-    peak = max(kept + gradients + program.peak.inside, share.peak() + copied + gradients, updates)
+    peak = max(kept + gradients + program.peak.inside, share.peak() + gradients, updates) + copies
     memory = Memory(
         masters=local_bytes(trained),
         frozen=local_bytes(frozen),
@@ -124,19 +131,22 @@ def estimate(config: Config, sizes: dict[str, int], platform: str = "gpu") -> Es
 
 
 def _kept_by_xla(config: Config, sizes: dict[str, int], llm: Parameters) -> int:
-    """Weights of unrolled layers that XLA keeps over fsdp for the backward pass, beside what JAX does; none in FP8.
+    """Weights of unrolled layers that XLA keeps over fsdp until the backward pass, beside what JAX keeps.
 
-    Frozen ones: the shard, which it cuts out of the stack before it gathers it, and gathers again. Trained ones, where
-    nothing is computed again: the whole layer, gathered once (`gathered_once`).
+    Frozen ones: the shard, which it cuts out of the stack before it gathers it, and gathers again (there is no stack
+    where kernels are held in FP8). Trained ones, where `layers_kept_whole`: the gathered layer, whose place its own
+    gradient's shard then takes.
     """
-    if sizes["fsdp"] == 1 or not all_unrolled(config) or config.precision.compute.startswith("fp8"):
+    stack = llm.get("layers", {})
+    if sizes["fsdp"] == 1 or not all_unrolled(config) or remat_group(config.train) > 1:
         return 0
     if config.model.llm.freeze:
-        return local_bytes(llm["layers"])
-    if not gathered_once(config):
+        return local_bytes(stack)
+    if not layers_kept_whole(config):
         return 0
-    masters = local_bytes(llm["layers"]) * sizes["fsdp"]  # fp32
-    return masters // 4 * jnp.dtype(compute_dtype(config.precision)).itemsize
+    masters = local_bytes(stack)  # fp32, as the gradients
+    whole = masters * sizes["fsdp"] // 4 * jnp.dtype(compute_dtype(config.precision)).itemsize
+    return max(0, whole - masters)
 
 
 def local_bytes(tree: Any) -> int:

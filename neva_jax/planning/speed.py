@@ -8,8 +8,9 @@ Bytes are those that one device sends in a ring over n devices (Patarasuk & Yuan
 What is sent, for each of the A micro batches of a step (B rows of T tokens per group, L layers of width D):
 
     fsdp     all-gather of weights in the compute dtype: forward, and again backward (ZeRO-3, Rajbhandari et al. 2020,
-             section 7.2); forward only those of a frozen encoder, and of a language model whose layers are unrolled,
-             trained and not computed again; kernels held in FP8 a byte an element, each layout in its pass
+             section 7.2); once those of a frozen encoder, of layers that are unrolled, trained and not computed again,
+             and the head, as it is held; layers of FP8 as FP8, and what is held in two layouts each in its pass;
+             embeddings never (their rows travel, which is not counted)
     fsdp     reduce-scatter of gradients, trained parameters only
     data     all-reduce of gradients, trained parameters only; with mesh.zero1 also all-gather of the new fp32
              parameters (section 7.1 there has reduce-scatter and all-gather: here a device owns whole layers, and a
@@ -39,7 +40,7 @@ import numpy as np
 
 from neva_jax.config import MESH_AXES, Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import gathered_once, patch_grid, trained_components
+from neva_jax.derived import layers_kept_whole, patch_grid, trained_components
 from neva_jax.planning.flops import (
     Flops,
     flops_per_row,
@@ -134,6 +135,24 @@ def bandwidth(sizes: dict[str, int], axis: str, machine: Machine) -> float:
     return min(machine.nvlink, machine.network * in_one_node)
 
 
+def _gathered_bytes(config: Config, component: str, part: str, leaf: jax.ShapeDtypeStruct, item: int) -> int:
+    """Bytes for each element of a parameter that fsdp gathers in a micro batch, both passes together."""
+    if component == "vision":
+        return item if config.model.vision.freeze else 2 * item
+    if component == "llm":
+        if part == "head":  # for all chunks of the loss, as it is held
+            return leaf.dtype.itemsize
+        if part == "embedding":  # looked up where it lies, unless it is the head
+            return leaf.dtype.itemsize if config.model.llm.tie_embeddings else 0
+        if leaf.dtype.itemsize == 1:  # held in FP8, a layout for each pass
+            return 1
+        if config.precision.compute.startswith("fp8"):  # cast before they travel, for each pass
+            return 2
+        if layers_kept_whole(config):
+            return item
+    return 2 * item
+
+
 def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
     """(kind, what, axis, bytes that a device sends per step)."""
     config, sizes, steps = plan.config, plan.sizes, plan.accumulate
@@ -142,12 +161,11 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
 
     gathered = reduced = whole = encoder = 0.0
     for name, tree in plan.layout.items():
-        once = gathered_once(config) if name == "llm" else name == "vision" and config.model.vision.freeze
-        for leaf in jax.tree.leaves(tree):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             split = "fsdp" in leaf.sharding.spec
-            stored = leaf.dtype.itemsize == 1  # in FP8, a layout for each pass
-            held = float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * (1 if stored else item)
-            gathered += held * fsdp * (1 if once or stored else 2) if split else 0.0
+            count = float(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+            held = count * item
+            gathered += count * fsdp * _gathered_bytes(config, name, path[0].key, leaf, item) if split else 0.0
             if name in trained_components(config.model):
                 reduced += held * fsdp if split else 0.0
                 whole += held
