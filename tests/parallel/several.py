@@ -5,6 +5,7 @@ the row that it is for, and the image; `files-I.txt` each file that it opens to 
 devices after a restore. SIGNAL=I:STEP:NUMBER sends itself a signal, in process I, before the batch of a step.
 """
 
+import faulthandler
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ from neva_jax.data.sources import Sources
 from neva_jax.errors import exit_with
 from neva_jax.training.checkpoint import Checkpoints
 
+HANGS = 200  # seconds after which it shows where its threads are, and ends
 FOLDER, INDEX = Path(sys.argv[1]), os.environ["JAX_PROCESS_ID"]
 _row = threading.local()
 
@@ -81,6 +83,7 @@ def send_signal() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     watch_rows()
     watch_files()
     watch_restore()
