@@ -103,15 +103,16 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
     mesh = make_mesh(sizes)
     params = {part: leaf for part, leaf in abstract_parameters(config, mesh)[1].items() if part in trained}
     moments = abstract_optimizer(make_optimizer(config.optimizer, config.train.steps), params, mesh)
+    begun = time.monotonic()
+    with Reservation((params, moments)) as reservation:
+        reservation.wait()
+    reserved = time.monotonic() - begun
+    if reservation.said:
+        _say(name, reservation.said)
+    state = _random((params, moments))
+    _say(name, "is on the device")
     waited, total = [], []
     with Checkpoints(folder, 1) as checkpoints:
-        begun = time.monotonic()
-        with Reservation((params, moments)) as reservation:
-            reservation.wait()
-        reserved = time.monotonic() - begun
-        if reservation.said:
-            _say(name, reservation.said)
-        state = _random((params, moments))
         for step in range(1, repeats + 2):
             if step > 1:  # so that a disk need not hold two
                 remove(checkpoints.directory / str(step - 1))

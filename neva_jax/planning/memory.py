@@ -137,16 +137,14 @@ def _kept_by_xla(config: Config, sizes: dict[str, int], llm: Parameters) -> int:
     where kernels are held in FP8). Trained ones, where `layers_kept_whole`: the gathered layer, whose place its own
     gradient's shard then takes.
     """
-    stack = llm.get("layers", {})
-    if sizes["fsdp"] == 1 or not all_unrolled(config) or remat_group(config.train) > 1:
+    if sizes["fsdp"] == 1:
         return 0
-    if config.model.llm.freeze:
-        return local_bytes(stack)
-    if not layers_kept_whole(config):
-        return 0
-    masters = local_bytes(stack)  # fp32, as the gradients
-    whole = masters * sizes["fsdp"] // 4 * jnp.dtype(compute_dtype(config.precision)).itemsize
-    return max(0, whole - masters)
+    shards = local_bytes(llm.get("layers", {}))
+    if layers_kept_whole(config):  # the shards are fp32, as their gradients
+        whole = shards * sizes["fsdp"] // 4 * jnp.dtype(compute_dtype(config.precision)).itemsize
+        return max(0, whole - shards)
+    cut = config.model.llm.freeze and all_unrolled(config) and remat_group(config.train) == 1
+    return shards if cut else 0
 
 
 def local_bytes(tree: Any) -> int:

@@ -67,6 +67,7 @@ class Reservation:
 
     def _pin(self, blocks: list[tuple[jax.Device, int]]) -> None:
         begun = time.monotonic()
+        wanted = readable(sum(size for _, size in blocks))
         held = []  # all together: what is given back would be taken again
         for device, size in blocks:
             if self._unwanted.is_set():
@@ -75,17 +76,13 @@ class Reservation:
             try:
                 held.append(jax.block_until_ready(jax.device_put(np.empty(size, np.uint8), pinned)))
             except (MemoryError, jax.errors.JaxRuntimeError) as problem:
-                taken, wanted = (
-                    readable(sum(sizes)) for sizes in ([each.size for each in held], [n for _, n in blocks])
-                )
+                taken = readable(sum(block.nbytes for block in held))
                 self.said = (
                     f"only {taken} of the {wanted} of host memory that a save copies to could be pinned ({problem})"
                 )
                 return
         if (seconds := time.monotonic() - begun) > WORTH_SAYING:
-            self.said = (
-                f"pinned {readable(sum(each.size for each in held))} of host memory for saves in {seconds:.0f} s"
-            )
+            self.said = f"pinned {wanted} of host memory for saves in {seconds:.0f} s"
 
     def wait(self, unless: Callable[[], bool] = lambda: False) -> None:
         """Returns when all is taken, or could not be; or once `unless` holds, which is asked ten times a second."""

@@ -1,4 +1,4 @@
-"""XLA's limit for pinned memory: from the machine's or the container's memory, and never against the user."""
+"""Pinned memory: how much XLA may take, never against the user; and taking it before the first save."""
 
 import threading
 import weakref
@@ -145,10 +145,9 @@ def test_memory_that_cannot_be_had_is_said(monkeypatch):
         calls.append(None)
         if len(calls) == 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
-        return put(array, sharding)
+        return taken(array, sharding)
 
     taken = Taken(monkeypatch)
-    put = taken.__call__
     monkeypatch.setattr(host_memory.jax, "device_put", refuse)
     monkeypatch.setattr(host_memory, "readable", str)
     with host_memory.Reservation(arrays) as reservation:
