@@ -121,7 +121,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
         figure, axes = pyplot.subplots(figsize=(8, 4.5))
         for row in group:
             axes.plot(range(1, len(row["losses"]) + 1), row["losses"], linewidth=1, label=label(row))
-        axes.set(xlabel="step", ylabel="loss", title=", ".join((*key[:3], f"{key[3]} tokens")))
+        axes.set(xlabel="step", ylabel="loss", title=", ".join((*key[:3], f"{key[3]} tokens", f"{key[4]} rows")))
         axes.legend(fontsize=8)
         drawn.append(_save(figure, folder, f"losses_{re.sub('[^a-z0-9]+', '_', ' '.join(key).lower())}.png"))
     return drawn

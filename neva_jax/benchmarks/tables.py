@@ -178,8 +178,8 @@ def losses(rows: list[Row]) -> str:
         for row in group:
             last = final_loss(row)
             lines.append([*name, label(row), len(row["losses"]), f"{last:.4f}", f"{100 * (last / wanted - 1):+.2f} %"])
-    head = "card | stage | model | tokens | run | steps | final loss | against the first"
-    return _table(head, lines or [[NOT_MEASURED, *[""] * 7]])
+    head = "card | stage | model | tokens | rows of a step | run | steps | final loss | against the first"
+    return _table(head, lines or [[NOT_MEASURED, *[""] * 8]])
 
 
 def kernels(rows: list[Row]) -> str:
@@ -332,14 +332,14 @@ def sweeps(rows: Iterable[Row]) -> dict[tuple[str, ...], list[tuple[float, Row]]
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """(card, stage, model, tokens) -> its runs, where there are several; those of one seed see the same data.
+    """(card, stage, model, tokens, rows of a step) -> its runs, where there are several; those of one seed see the same data.
 
     Seed by seed, the bf16 run on the fewest GPUs first.
     """
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in ours(rows):
         if len(row.get("losses", ())) >= CURVE:
-            key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}")
+            key = (card(row), row["stage"], row["model"], f"{row['tokens_computed']:g}", f"{row['global_batch']}")
             found.setdefault(key, []).append(row)
 
     def order(row: Row) -> tuple[Any, ...]:
@@ -370,8 +370,8 @@ def kind(row: Row) -> str:
 
 
 def _flags(row: Row) -> str:
-    """The settings of XLA and NCCL that its environment named."""
-    nccl = [f"{name}={value}" for name, value in row.get("nccl", {}).items()]
+    """The settings of XLA and NCCL that its environment named, but for NVLink's multicast, off in all rows alike."""
+    nccl = [f"{name}={value}" for name, value in row.get("nccl", {}).items() if name != "NCCL_NVLS_ENABLE"]
     return " ".join([row.get("xla_flags", "").replace("--xla_", ""), *nccl]).strip()
 
 

@@ -145,7 +145,7 @@ def test_rows_with_settings_of_xla_or_nccl_are_against_the_same_step_without(fol
     faster = two | {"samples_per_s": 110.0, "samples_per_s_per_gpu": 55.0, "step_ms": 1800.0}
     rows = [
         row(**two),
-        row(**faster, xla_flags="--xla_gpu_a=1 --xla_b=2", nccl={"NCCL_CTA_POLICY": "2"}),
+        row(**faster, xla_flags="--xla_gpu_a=1 --xla_b=2", nccl={"NCCL_CTA_POLICY": "2", "NCCL_NVLS_ENABLE": "0"}),
         row(**faster, nccl={"NCCL_MAX_NCHANNELS": "8"}, remat="full"),  # none without is like it
         row(**faster, xla_flags="--xla_gpu_a=1", **trace),
         row(sweep={"layers": "8"}),
@@ -175,18 +175,19 @@ def test_curves_and_sweeps_are_drawn(folder):
         row(losses=[2.0] * 90 + [1.01] * 10, precision="fp8_current"),
         row(losses=[2.0] * 90 + [1.1] * 10, precision="fp8_delayed", seed=2),
         row(losses=[2.0] * 100, stage="finetune"),  # alone
+        row(losses=[2.0] * 100, global_batch=64),  # other rows in a step: other data
     ]
     assert report(folder, rows=rows) == 0
     assert [line[5:7] + line[9:] for line in section(folder, "cost")] == [
         ["256", "100.0", ""], ["512", "400.0", "2.00"], ["1024", "1600.0", "2.00"],
     ]  # fmt: skip
-    assert [line[4:] for line in section(folder, "losses")] == [
+    assert [line[5:] for line in section(folder, "losses")] == [
         ["bf16, 1 GPU, seed 1", "100", "1.0000", "+0.00 %"],
         ["fp8_current, 1 GPU, seed 1", "100", "1.0100", "+1.00 %"],
         ["fp8_delayed, 1 GPU, seed 2", "100", "1.1000", "+10.00 %"],
     ]
     drawn = sorted(path.name for path in (folder / "images").iterdir())
-    assert drawn == ["cost_tokens.png", "losses_h200_pretrain_7b_320.png"]
+    assert drawn == ["cost_tokens.png", "losses_h200_pretrain_7b_320_128.png"]
 
 
 def test_errors(folder):
