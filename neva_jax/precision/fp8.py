@@ -35,6 +35,11 @@ from neva_jax.parallel.mesh import constrain, constrain_stream, divides, spec, s
 from neva_jax.precision import fp8_xla
 from neva_jax.precision.fp8_recipe import Recipe
 
+# Largest values before any was seen. A gradient of a mean over thousands of tokens, cast by Transformer Engine's first
+# scale of 1, is zero in FP8, and so are those of all layers before it: the first steps then learn from noise.
+# e5m2 reaches far enough down for the gradients of few tokens and of many; e4m3 does not, so its end is in between.
+ASSUMED = {"x": 448.0, "kernel": 4.0}
+ASSUMED_GRADIENT = {jnp.float8_e5m2: 1.0, jnp.float8_e4m3fn: 2.0**-6}
 KEPT = "fp8_amax"  # the name of what recomputation must not recompute: scalars that cost a pass each
 # Logical axes of activations.
 HEADS, KV_HEADS = ("batch", "length", "heads", "head_dim"), ("batch", "length", "kv_heads", "head_dim")
@@ -76,16 +81,28 @@ def backend_functions(name: str) -> ModuleType:
 
 
 def initial_state(recipe: Recipe | None, trained: bool) -> State:
-    """Scales 1 and empty histories; {} where the recipe needs no state. `trained`: kernels have a history too."""
+    """Scales for the values that are assumed and empty histories; {} where the recipe needs no state.
+
+    trained: kernels have a history too.
+    """
     if recipe is None or not recipe.delayed:
         return {}
     layers = recipe.last - recipe.first
 
-    def meta() -> dict[str, jax.Array]:
-        return {"scale": jnp.ones(layers, jnp.float32), "history": jnp.zeros((layers, recipe.history), jnp.float32)}
+    def meta(tensor: str) -> dict[str, jax.Array]:
+        assumed = ASSUMED.get(tensor, ASSUMED_GRADIENT[recipe.gradient])
+        scale = fp8_xla.largest(_dtypes(recipe)[tensor]) / assumed / 2.0**recipe.margin
+        return {
+            "scale": jnp.full(layers, scale, jnp.float32),
+            "history": jnp.zeros((layers, recipe.history), jnp.float32),
+        }
 
     tensors = ("x", "grad", "kernel") if trained else ("x", "grad")
-    return {site: {tensor: meta() for tensor in tensors} for site in recipe.sites}
+    return {site: {tensor: meta(tensor) for tensor in tensors} for site in recipe.sites}
+
+
+def _dtypes(recipe: Recipe) -> dict[str, Any]:
+    return {"x": jnp.float8_e4m3fn, "kernel": jnp.float8_e4m3fn, "grad": recipe.gradient}
 
 
 def updated(meta: State, amax: jax.Array, dtype: Any, recipe: Recipe) -> State:
@@ -113,7 +130,7 @@ def _scales_forward(recipe: Recipe, states: State) -> tuple[Scales, State]:
 
 
 def _scales_backward(recipe: Recipe, states: State, amax: Scales) -> tuple[State]:
-    dtypes = {"x": jnp.float8_e4m3fn, "kernel": jnp.float8_e4m3fn, "grad": recipe.gradient}
+    dtypes = _dtypes(recipe)
     return (
         {
             site: {name: updated(meta, amax[site][name], dtypes[name], recipe) for name, meta in tensors.items()}

@@ -266,7 +266,7 @@ def test_scales_follow_the_largest_values_of_past_steps(algorithm, margin):
     recipe = dataclasses.replace(DELAYED, algorithm=algorithm, margin=margin, sites=("o",))
     states = fp8.initial_state(recipe, trained=True)
     seen = {"x": [], "kernel": [], "grad": []}
-    scale = dict.fromkeys(seen, 1.0)
+    scale = {"x": 1.0 / 2**margin, "kernel": 112.0 / 2**margin, "grad": 57344.0 / 2**margin}
 
     @jax.jit
     def step(x, kernel, states, g):
@@ -295,6 +295,19 @@ def test_scales_follow_the_largest_values_of_past_steps(algorithm, margin):
             np.testing.assert_array_equal(
                 np.sort(np.asarray(meta["history"][0])), np.sort([*([0.0] * 4 + seen[tensor])[-3:], 0.0])
             )
+
+
+@pytest.mark.parametrize("gradient", [E5M2, E4M3])
+def test_the_first_step_has_gradients_as_small_as_those_of_a_mean_over_thousands_of_tokens(gradient):
+    """And kernels as small as they are drawn: neither is below the smallest number of the first scale."""
+    recipe = dataclasses.replace(DELAYED, gradient=gradient, sites=("o",))
+    scales = jax.tree.map(lambda s: s[0], fp8.scales(recipe, fp8.initial_state(recipe, trained=True))["o"])
+    x, kernel, g = _normal(1, B, T, D), 0.02 * _normal(2, D, F), 1e-6 * _normal(3, B, T, F)
+    y, back = jax.vjp(lambda x, kernel: fp8.linear(recipe, x, kernel, scales), x, kernel)
+    dx, dkernel = back(g)
+    assert _off(y, x @ kernel) < 0.05
+    assert _off(dx, g @ kernel.T) < 0.08
+    assert _off(dkernel, np.einsum("btd,btf->df", x, g)) < 0.08
 
 
 def test_a_history_of_one_and_non_finite_values():
