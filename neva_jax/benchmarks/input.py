@@ -32,7 +32,7 @@ from neva_jax.benchmarks.synthetic import write_rows, write_tokenizer
 from neva_jax.config import Config
 from neva_jax.configfile import load_config
 from neva_jax.data.images import open_image
-from neva_jax.data.pipeline import batches
+from neva_jax.data.pipeline import batches, batches_ahead
 from neva_jax.data.rows import BadRow
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import picture
@@ -42,6 +42,7 @@ from neva_jax.errors import UserError
 HELP = "from JSON and JPEG files to batches: images per second, and where the time goes"
 PACKAGES = ("grain", "numba", "numpy", "pillow", "sentencepiece", "simplejpeg", "transformers")
 PASSES = 5  # over the distinct images, for the stages; the best counts
+LEAST = 16  # batches of each worker that are measured, so that one more or less is no matter
 MODES = ("square", "pad", "keep", "squash", "anyres")
 
 
@@ -50,7 +51,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--image-px", type=_numbers, default=[336], metavar="N,…", help="side of the encoder's images (default: 336)")
     add("--workers", type=_numbers, default=[0, 1, 2], metavar="N,…", help="worker processes (default: 0,1,2)")
-    add("--rows", type=int, default=2000, metavar="N", help="rows that are measured in each line (default: 2000)")
+    add("--rows", type=int, default=2000, metavar="N", help="rows that are measured in each line (default: 2000), "
+        f"{LEAST} batches of each worker at least")  # fmt: skip
     add("--batch", type=int, default=32, metavar="N", help="rows per batch (default: 32)")
     add("--mode", choices=MODES, default="square", help="data.image_mode (default: square)")
     add("--json", type=Path, metavar="F", help="own rows, of one image each; needs --images and --tokenizer")
@@ -225,16 +227,17 @@ def _milliseconds(function: Callable[[Any], Any], items: Sequence[Any]) -> float
 
 
 def _pipeline(config: Config, workers: int, rows: int) -> dict[str, Any]:
-    """`rows` rows through the pipeline, after as many batches as its buffers may hold."""
+    """`rows` rows through the pipeline: after as many as its buffers may hold, which were made before the clock runs,
+    and before as many again, because the CPU time of a worker that has ended is not known.
+    """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
     tokenizer, size = Tokenizer.from_file(config.model.tokenizer), config.train.global_batch
     started = time.perf_counter()
-    warm, measured = 4 * max(workers, 1), -(-rows // size)
-    stream = batches(
-        Sources(config.data, "train", config.run.seed, shuffle=True), config, tokenizer, 0, (warm + measured) * size
-    )
+    held, measured = batches_ahead(workers), max(-(-rows // size), LEAST * workers)
+    sources = Sources(config.data, "train", config.run.seed, shuffle=True)
+    stream = batches(sources, config, tokenizer, 0, (held + measured + 2 * held) * size)
     first = None
-    for _ in range(warm):
+    for _ in range(held):
         batch = next(stream)
         first = first or time.perf_counter() - started
     images = tokens = 0
@@ -246,6 +249,8 @@ def _pipeline(config: Config, workers: int, rows: int) -> dict[str, Any]:
         images += size
         tokens += int((batch.arrays["segment_ids"] > 0).sum())
     seconds, cpu = time.perf_counter() - start, _cpu_seconds() - cpu
+    for _ in stream:  # or the workers would be there beside the next line's
+        pass
     return {
         "images_per_s": round(images / seconds, 1),
         "images_per_s_per_worker": round(images / seconds / max(workers, 1), 1),

@@ -332,9 +332,9 @@ def sweeps(rows: Iterable[Row]) -> dict[tuple[str, ...], list[tuple[float, Row]]
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """(card, stage, model, tokens, rows of a step) -> its runs, where there are several; those of one seed see the same data.
+    """(card, stage, model, tokens, rows of a step) -> its runs, where there are several.
 
-    Seed by seed, the bf16 run on the fewest GPUs first.
+    Those of one seed see the same data. Seed by seed, the bf16 run on the fewest GPUs first.
     """
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in ours(rows):

@@ -30,12 +30,13 @@ from neva_jax.data.samples import Sample, Samples
 from neva_jax.data.sources import RowRef, Sources
 from neva_jax.data.tiles import tiles_per_row
 from neva_jax.data.tokenizer import Tokenizer
-from neva_jax.data.transport import BUFFER, Transport
+from neva_jax.data.transport import BUFFER, PLACES, Transport
 from neva_jax.data.watch import THREADS, Board, Watched
 from neva_jax.derived import image_tokens
 from neva_jax.parallel.peers import ALONE, Peers
 
 ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
+AHEAD = 4  # batches that the reading threads of a process make before they are asked for
 ATTEMPTS = 100  # places of the order that may fail one after another; past them the source itself is broken
 
 
@@ -256,7 +257,7 @@ def batches(
         .map(partial(_row_number, first, size, share.rows))
         .map(maker)
         .batch(len(share.rows), batch_fn=partial(_collate, share.rows, share.told))
-        .to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=4))
+        .to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD))
     )
     if workers:
         # Grain's workers read absl flags, which only absl's own main would have parsed.
@@ -272,6 +273,11 @@ def batches(
         _STREAMS.append(stream)
     watched = stream, config.data.worker_timeout, board, maker.describe
     return _Agreed(*watched, lengths=batch_lengths(config), share=share)
+
+
+def batches_ahead(workers: int) -> int:
+    """Batches that may be ready before anyone asks: in all threads and queues, and two on their way out."""
+    return max(workers, 1) * AHEAD + workers * PLACES + 2
 
 
 def batch_lengths(config: Config) -> list[int]:

@@ -2,13 +2,16 @@
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from neva_jax import bench
+from neva_jax.benchmarks import input as input_rows
 from neva_jax.benchmarks.synthetic import photograph, words, write_rows, write_tokenizer
+from neva_jax.data.pipeline import batches_ahead
 from neva_jax.errors import UserError
 
 SMALL = ["--rows", "6", "--batch", "4", "--distinct", "3", "--source-size", "60x40", "--image-px", "28"]
@@ -31,12 +34,33 @@ def test_a_line_for_each_size_and_number_of_workers(lines):
     assert [(line["image_px"], line["workers"]) for line in made] == [(28, 0), (42, 0), (28, 1)]
     for line in made:
         assert set(line) == set(FIELDS.split())
-        assert (line["bench"], line["impl"], line["rows"], line["batch"]) == ("input", "neva_jax", 8, 4)
+        measured = 4 * input_rows.LEAST if line["workers"] else 8
+        assert (line["bench"], line["impl"], line["rows"], line["batch"]) == ("input", "neva_jax", measured, 4)
         assert (line["source_width"], line["source_height"], line["distinct_images"]) == (60, 40, 3)
         assert line["max_pixel_difference"] == 0
         assert min(line[name] for name in ("images_per_s", "images_per_cpu_s", "cpu_ms", "decode_ms", "hf_ms")) > 0
         assert line["tokens_per_row"] > (line["image_px"] // 14) ** 2
         assert set(line["versions"]) >= {"python", "pillow", "numba"}
+
+
+def test_what_was_made_before_the_clock_runs_does_not_count(monkeypatch, lines):
+    """A stream whose first batches are there at once, as many as there is room for; each later one takes 5 s."""
+    clock = SimpleNamespace(now=0.0)
+    asked = []
+
+    def made_ahead(sources, config, tokenizer, first, rows):
+        ahead = batches_ahead(config.data.workers)
+        asked.append(SimpleNamespace(ahead=ahead, given=0, of=rows // 4))
+        for i in range(rows // 4):
+            clock.now += 5.0 * (i >= ahead)
+            asked[-1].given += 1
+            yield SimpleNamespace(bad_rows=[], arrays={"segment_ids": np.ones((4, 7), np.int32)})
+
+    monkeypatch.setattr(input_rows, "batches", made_ahead)
+    monkeypatch.setattr(input_rows.time, "perf_counter", lambda: clock.now)
+    made = lines(*SMALL, "--rows", "200", "--workers", "0,3")
+    assert [(line["images_per_s"], line["rows"]) for line in made] == [(0.8, 200), (0.8, 4 * 50)]
+    assert all(stream.given == stream.of >= 50 + 2 * stream.ahead for stream in asked)
 
 
 @pytest.mark.parametrize(("mode", "compared"), [("squash", True), ("pad", False), ("keep", False), ("anyres", False)])
