@@ -28,8 +28,11 @@ prefix=(--tokens 345 data.template=llama_2 train.labelled_positions=48 train.con
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
   fp8=(--precision fp8_delayed)
-  pretrain "${one[@]}" --tokens 320
-  pretrain "${one[@]}" --tokens 320 "${fp8[@]}"
+  # The workflow's step 7: 100 steps in both precisions.
+  pretrain "${one[@]}" --tokens 320 --steps 100 "${fp8[@]}"
+  pretrain "${one[@]}" --tokens 320 --steps 100
+  finetune_whole "${one[@]}" "${unrolled[@]}" --pack 4 --micro-batch 3 --steps 100 "${fp8[@]}"
+  finetune_whole "${one[@]}" "${unrolled[@]}" --pack 4 --micro-batch 3 --steps 100
   pretrain "${one[@]}" --layers 8 --tokens 320 --sweep micro-batch=1,4,16,64 train.unroll=8
   pretrain "${one[@]}" --tokens 320 --sweep layers=8,16,32,40 train.remat=dots train.unroll=1
   pretrain "${one[@]}" --tokens 320 train.labelled_positions=64 "${fp8[@]}"
@@ -67,6 +70,8 @@ else
   CUDA_VISIBLE_DEVICES=0 pretrain --mesh-shape data=1 --tokens 320 &
   CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
   wait
+  trace=$(mktemp -d)
+  for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
   # Gathers by the copy engines.
   zero_cta=--xla_gpu_experimental_enable_nccl_symmetric_buffers=true
   XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
@@ -91,8 +96,6 @@ else
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" "$sequence"
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 mesh.overlap=true
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 --micro-batch 64 mesh.overlap=true "${fp8[@]}"
-  trace=$(mktemp -d)
-  for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
   # What hides communication.
   hidden() { pretrain --mesh-shape "${1:-fsdp}=$gpus" --tokens 320 --layers 16 train.unroll=16; }
   hidden
