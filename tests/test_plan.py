@@ -100,6 +100,15 @@ def test_layers_that_fsdp_would_keep_whole_need_not_be(planned):
     assert knobs["train.remat=dots train.unroll=1"]["saved"] > copy * 3 / 4
 
 
+def test_packed_rows_say_what_transformer_engine_would_save(planned):
+    packed = [*FINETUNE, "data.pack=true", "--memory-gib", "60"]
+    knobs = {k["override"]: k for k in json.loads(planned(*packed, "--json"))["knobs"]}
+    assert knobs["model.attention=te"]["changes"] == "as auto does where Transformer Engine is installed"
+    assert "model.attention=te plans that" in planned(*packed)
+    for there in ([*packed, "model.attention=te"], FINETUNE, [*packed, "model.llm.attention_dropout=0.1"]):
+        assert "Transformer Engine" not in planned(*there)
+
+
 def test_a_plan_that_fits_within_its_error_is_tight(planned):
     total = json.loads(planned(*PRETRAIN, "--json"))["memory"]["total"] / GIB
     assert "tight" in planned(*PRETRAIN, "--memory-gib", f"{total + 2:.1f}")

@@ -12,6 +12,7 @@ from neva_jax.derived import all_unrolled, frozen_components, image_tokens, laye
 from neva_jax.errors import UserError
 from neva_jax.planning.memory import Estimate, estimate
 from neva_jax.planning.speed import Machine, predict
+from neva_jax.planning.trace import depends_on_te
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def _candidates(plan: Estimate) -> Iterator[tuple[Config, dict[str, int], str, s
         yield change("precision", "frozen weights rounded to bf16", frozen="bf16")
     if plan.backend == "xla" and config.model.attention == "xla":
         yield change("model", "the kernel that a GPU has", attention="auto")
+    if depends_on_te(config):
+        yield change("model", "as auto does where Transformer Engine is installed", attention="te")
     for name in ("zero1", "sequence_parallel"):
         if not getattr(config.mesh, name):
             yield change("mesh", **{name: True})

@@ -16,6 +16,7 @@ from neva_jax.planning.compiled import Compiled
 from neva_jax.planning.knobs import Knob, shape_text
 from neva_jax.planning.memory import GIB, Estimate, Memory, estimate
 from neva_jax.planning.speed import Machine, Speed, predict
+from neva_jax.planning.trace import depends_on_te
 
 RESERVED_GIB = 1.0  # CUDA's context and the libraries' workspaces, which are not XLA's
 XLA_SHARE = 0.75  # of the memory that XLA takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
@@ -127,6 +128,11 @@ def heading(plan: Estimate) -> list[str]:
         lines.append(
             "FP8 is planned like bf16: a frozen weight takes 2 bytes either way (FP8 in two layouts, or bf16); "
             "activations kept in FP8 may take less"
+        )
+    if depends_on_te(config):
+        lines.append(
+            "packed rows are planned with XLA's attention, which needs the most; where Transformer Engine is installed "
+            "training takes its kernel: model.attention=te plans that"
         )
     return lines
 

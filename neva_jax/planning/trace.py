@@ -71,14 +71,13 @@ def attention_backend(config: Config) -> str:
       UserError: `cudnn` or `te` is asked for where training would refuse it.
     """
     name, width, rate = config.model.attention, head_dim(config.model.llm), config.model.llm.attention_dropout
-    dtype = compute_dtype(config.precision)
-    fits = dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    fits, dtype = _has_kernel(config), jnp.dtype(compute_dtype(config.precision))
     asked = name == "cudnn" or (name == "te" and config.data.pack)
     if asked and rate:
         raise UserError(f"model.attention={name} has no dropout (model.llm.attention_dropout={rate}); use auto or xla")
     if asked and not fits:
         raise UserError(
-            f"model.attention={name} needs bf16 (here {jnp.dtype(dtype).name}), and a head width divisible by 8 and at "
+            f"model.attention={name} needs bf16 (here {dtype.name}), and a head width divisible by 8 and at "
             f"most 128 (here {width}); use auto"
         )
     if name == "xla" or rate or not fits:
@@ -86,6 +85,17 @@ def attention_backend(config: Config) -> str:
     if config.data.pack:
         return "te" if name == "te" else "xla"
     return "cudnn"
+
+
+def depends_on_te(config: Config) -> bool:
+    """Whether training takes Transformer Engine's attention if it is installed, and XLA's if not."""
+    model, packed = config.model, config.data.pack
+    return packed and model.attention == "auto" and not model.llm.attention_dropout and _has_kernel(config)
+
+
+def _has_kernel(config: Config) -> bool:
+    width = head_dim(config.model.llm)
+    return compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
 
 
 def batch_shapes(config: Config, accumulate: int, rows: int, mesh: jax.sharding.Mesh | None = None) -> Arrays:
