@@ -28,7 +28,7 @@ prefix=(--tokens 345 data.template=llama_2 train.labelled_positions=48 train.con
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
   fp8=(--precision fp8_delayed)
-  # The workflow's step 7: 100 steps in both precisions.
+  # 100 steps in both precisions, for their losses.
   pretrain "${one[@]}" --tokens 320 --steps 100 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --steps 100
   finetune_whole "${one[@]}" "${unrolled[@]}" --pack 4 --micro-batch 3 --steps 100 "${fp8[@]}"

@@ -227,15 +227,17 @@ def _milliseconds(function: Callable[[Any], Any], items: Sequence[Any]) -> float
 
 
 def _pipeline(config: Config, workers: int, rows: int) -> dict[str, Any]:
-    """`rows` rows through the pipeline: after as many as its buffers may hold, which were made before the clock runs,
-    and before as many again, because the CPU time of a worker that has ended is not known.
+    """`rows` rows through the pipeline, after as many batches as may have been ready before the clock ran.
+
+    At the end twice as many are left: as many may be ready by then, and the CPU time of a worker that has ended is not
+    known.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=workers))
     tokenizer, size = Tokenizer.from_file(config.model.tokenizer), config.train.global_batch
     started = time.perf_counter()
     held, measured = batches_ahead(workers), max(-(-rows // size), LEAST * workers)
     sources = Sources(config.data, "train", config.run.seed, shuffle=True)
-    stream = batches(sources, config, tokenizer, 0, (held + measured + 2 * held) * size)
+    stream = batches(sources, config, tokenizer, 0, (measured + 3 * held) * size)
     first = None
     for _ in range(held):
         batch = next(stream)

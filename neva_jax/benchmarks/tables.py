@@ -370,8 +370,9 @@ def kind(row: Row) -> str:
 
 
 def _flags(row: Row) -> str:
-    """The settings of XLA and NCCL that its environment named, but for NVLink's multicast, off in all rows alike."""
-    nccl = [f"{name}={value}" for name, value in row.get("nccl", {}).items() if name != "NCCL_NVLS_ENABLE"]
+    """The settings of XLA and NCCL that its environment named, but for multicast off, as it must be on our machines."""
+    nccl = [f"{name}={value}" for name, value in row.get("nccl", {}).items()]
+    nccl = [setting for setting in nccl if setting != "NCCL_NVLS_ENABLE=0"]
     return " ".join([row.get("xla_flags", "").replace("--xla_", ""), *nccl]).strip()
 
 

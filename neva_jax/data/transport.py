@@ -1,7 +1,7 @@
 """Batches from workers to the main process, through memory that both see.
 
 Grain sends what a worker makes through a pipe: pickled, and read 64 KiB at a time by the main process, which is busy
-with nothing else at 4000 images a second. So the arrays take another way, and only the rest goes through the pipe:
+with nothing else where there are many workers. So the arrays take another way, and only the rest goes through the pipe:
 
     file   in use [workers, PLACES] u8 | entered [workers] u8 | place 0 of worker 0 | place 1 of worker 0 | …
 

@@ -35,9 +35,10 @@ from neva_jax.parallel.mesh import constrain, constrain_stream, divides, spec, s
 from neva_jax.precision import fp8_xla
 from neva_jax.precision.fp8_recipe import Recipe
 
-# Largest values before any was seen. A gradient of a mean over thousands of tokens, cast by Transformer Engine's first
-# scale of 1, is zero in FP8, and so are those of all layers before it: the first steps then learn from noise.
-# e5m2 reaches far enough down for the gradients of few tokens and of many; e4m3 does not, so its end is in between.
+# Largest values before any was seen. With the scale of 1 that Transformer Engine begins with, gradients of a mean over
+# thousands of tokens become zero in the first step's `o` and `down`, which leaves `qkv` and `gate_up` nothing to scale
+# by until the third. e5m2 reaches far enough down for the gradients of few tokens and of many; e4m3 does not: it begins
+# in between.
 ASSUMED = {"x": 448.0, "kernel": 4.0}
 ASSUMED_GRADIENT = {jnp.float8_e5m2: 1.0, jnp.float8_e4m3fn: 2.0**-6}
 KEPT = "fp8_amax"  # the name of what recomputation must not recompute: scalars that cost a pass each

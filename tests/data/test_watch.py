@@ -89,6 +89,43 @@ def test_a_worker_that_was_stopped_is_named_when_its_time_is_over(small_override
     assert 2 <= float(seconds) < 20
 
 
+COUNT_WHAT_IS_READY = """
+    import multiprocessing, os, signal, sys, time
+    from neva_jax.configfile import load_config
+    from neva_jax.data.pipeline import batches, batches_ahead
+    from neva_jax.data.sources import Sources
+    from neva_jax.data.tokenizer import Tokenizer
+    from neva_jax.errors import WorkerError
+
+    if __name__ == "__main__":
+        config = load_config(None, sys.argv[1:])
+        sources = Sources(config.data, "train", 0, shuffle=True)
+        stream = batches(sources, config, Tokenizer.from_file(config.model.tokenizer), 0, 800)
+        next(stream)
+        time.sleep(3)
+        children = multiprocessing.active_children()
+        for child in children:
+            os.kill(child.pid, signal.SIGSTOP)
+        ready, stream.timeout = 0, 1
+        try:
+            while True:
+                next(stream)
+                ready += 1
+        except WorkerError:
+            print(ready, len(children), batches_ahead(len(children)), flush=True)
+        for child in children:
+            child.kill()
+        os._exit(0)
+"""
+
+
+def test_no_more_batches_are_ready_than_there_is_room_for(small_overrides, tmp_path):
+    """Of two workers that had time to make all 100, without those that a stopped worker's threads hold."""
+    done = run_script(tmp_path, COUNT_WHAT_IS_READY, *small_overrides, "data.workers=2")
+    ready, workers, room = map(int, done.stdout.split())
+    assert workers == 2 and 2 * workers < ready <= room, done.stderr
+
+
 @pytest.fixture
 def pipe_row(tmp_path):
     """20 rows without images, and one whose image waits for ever to be opened."""

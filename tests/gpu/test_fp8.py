@@ -39,8 +39,8 @@ def _off(a, b):
     return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
 
 
-def _run(function, arguments, states, recipe, g):
-    """(y, gradients of `arguments`, state) after three steps of the state."""
+def _run(function, arguments, states, recipe, g, steps=3):
+    """(y, gradients of `arguments`, state) after `steps` steps of the state."""
 
     @partial(jax.jit, compiler_options=compiler_options(recipe, 1))
     def step(arguments, states, g):
@@ -52,7 +52,7 @@ def _run(function, arguments, states, recipe, g):
         y, back = jax.vjp(call, arguments, states)
         return y, *back(g)
 
-    for _ in range(3):
+    for _ in range(steps):
         y, gradients, states = step(arguments, states, g)
     return y, gradients, states
 
@@ -73,6 +73,20 @@ def test_linear(backend, delayed, gradient):
     run = lambda a, s: fp8.linear(recipe, *a, s["o"], inputs=2)  # noqa: E731
     y, gradients, _ = _run(run, arguments, fp8.initial_state(recipe, True), recipe, g)
     expected, expected_gradients = _reference(lambda a: jnp.einsum("bthk,hkd->btd", *a), arguments, g)
+    assert _off(y, expected) < FORWARD
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert _off(ours, theirs) < GRADIENT[gradient]
+
+
+@pytest.mark.parametrize("gradient", [jnp.float8_e5m2, jnp.float8_e4m3fn], ids=["hybrid", "e4m3"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_step_of_a_run(backend, gradient):
+    """Gradients of a mean over many tokens, whose largest values nothing is known of."""
+    recipe = _recipe(backend, True, gradient)
+    arguments, g = (_normal(0, B, T, D), _normal(1, D, F) * 0.02), _normal(2, B, T, F) * 1e-6
+    state = fp8.initial_state(recipe, True)
+    y, gradients, _ = _run(lambda a, scales: fp8.linear(recipe, *a, scales["o"]), arguments, state, recipe, g, steps=1)
+    expected, expected_gradients = _reference(lambda a: a[0] @ a[1], arguments, g)
     assert _off(y, expected) < FORWARD
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         assert _off(ours, theirs) < GRADIENT[gradient]
