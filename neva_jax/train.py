@@ -36,7 +36,7 @@ from neva_jax.training.checkpoint_meta import Meta, available_components, newest
 from neva_jax.training.disk import probe
 from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.host_memory import Reservation, allow_large_saves
-from neva_jax.training.meter import Meter
+from neva_jax.training.meter import Meter, seconds_since_start
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.out_of_memory import is_out_of_memory, out_of_memory
@@ -363,6 +363,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     nullcontext() if timed else meter.paused(state),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
+                    began = seconds_since_start()
                     arrays = place_batch(mesh, batch.arrays, accumulate)
                     state, metrics = train_step(state, frozen_params, arrays, prefix)
                     if compiles:
@@ -373,6 +374,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     meter.count(batch)
                 elif step == start + 1:
                     meter = Meter()  # nor does the wait for the first batch
+                if compiles and len(compiled) == 1:
+                    ready = seconds_since_start()
+                    log.say(f"step {step}: the first, {ready:.1f} s after the start; itself {ready - began:.1f} s")
                 log.advance()
                 for line in checkpoints.news():
                     log.say(line)

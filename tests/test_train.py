@@ -262,7 +262,9 @@ def test_log_txt_tells_what_was_run(base):
         "mesh data=1,fsdp=1,tensor=1 on cpu; fp32",
     ]
     assert lines[2].startswith("attention: xla (")
-    assert [line.split()[:2] for line in lines[3:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
+    first = re.fullmatch(r"step 1: the first, (\d+\.\d) s after the start; itself (\d+\.\d) s", lines[3])
+    assert 0 < float(first[2]) < float(first[1])
+    assert [line.split()[:2] for line in lines[4:-2]] == [["step", f"{step}/4"] for step in range(1, 5)]
     assert re.fullmatch(r"checkpoint 4: \d+\.\d MiB in \d+\.\d\d s; training waited \d+ ms", lines[-2])
     assert lines[-1] == f"done: step 4, checkpoint in {base}/checkpoints/4"
 

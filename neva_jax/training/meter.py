@@ -1,5 +1,6 @@
 """How fast a run is."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,13 @@ from typing import Any
 import jax
 
 from neva_jax.data.pipeline import Batch
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process began, Python's own start and imports included (Linux)."""
+    with open("/proc/self/stat", encoding="utf-8") as file:
+        ticks = int(file.read().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
