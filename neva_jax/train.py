@@ -1,6 +1,7 @@
 """python -m neva_jax.train: one whole run, from a configuration to checkpoints."""
 
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -363,7 +364,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     nullcontext() if timed else meter.paused(state),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
                 ):
-                    began = seconds_since_start()
+                    began = time.monotonic()
                     arrays = place_batch(mesh, batch.arrays, accumulate)
                     state, metrics = train_step(state, frozen_params, arrays, prefix)
                     if compiles:
@@ -375,8 +376,10 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                 elif step == start + 1:
                     meter = Meter()  # nor does the wait for the first batch
                 if compiles and len(compiled) == 1:
-                    ready = seconds_since_start()
-                    log.say(f"step {step}: the first, {ready:.1f} s after the start; itself {ready - began:.1f} s")
+                    itself = time.monotonic() - began
+                    log.say(
+                        f"step {step}: the first, {seconds_since_start():.1f} s after the start; itself {itself:.1f} s"
+                    )
                 log.advance()
                 for line in checkpoints.news():
                     log.say(line)
