@@ -35,8 +35,10 @@ from neva_jax.precision.fp8_recipe import Recipe
 Span = tuple[Block, tuple[int, int] | None, tuple[int, int], Recipe | None]
 
 
+@partial(jax.jit, static_argnums=(0, 5, 6))
 def _run(
-    layer: Block,
+    graphdef: nnx.GraphDef,
+    parameters: nnx.State,
     parts: Sequence[jax.Array],
     given: Sequence[tuple],
     own: tuple,
@@ -45,11 +47,15 @@ def _run(
 ) -> tuple[tuple[jax.Array, ...], LayerCache | None]:
     """A layer for the parts [B, T, D] of a batch, in turn -> (their x [B, T, D] or [B, N, D], the cache of the last).
 
+    A function of its own to JAX: layers that are alike are traced, differentiated and lowered once.
+
     Args:
+      graphdef, parameters: the layer (`Block`), split.
       given: for each part: positions, angles, segment ids, wanted positions.
       own: of this layer: cache, key of dropout, prefix, scales of FP8.
       short: the layer is the last, and its MLP is for the wanted positions alone.
     """
+    layer = nnx.merge(graphdef, parameters)
     cache, rng, prefix, in_fp8 = own
     count, layers, scales = len(parts), shared(layer, len(parts), parts[0].dtype), fp8.copies(len(parts), in_fp8)
     rngs = (rng,) * count if rng is None or count == 1 else jax.random.split(rng, count)
@@ -149,7 +155,7 @@ class Llama(nnx.Module):
             def call(
                 layer: Block, x: tuple[jax.Array, ...], own: tuple, recipe: Any = recipe, short: bool = short
             ) -> tuple[tuple[jax.Array, ...], Any]:
-                y, cache = _run(layer, x, given, own, recipe, short)
+                y, cache = _run(*nnx.split(layer), x, given, own, recipe, short)
                 return (x, y) if short else (y, cache)  # what a scan carries keeps its shape
 
             carried, output = scan_layers(

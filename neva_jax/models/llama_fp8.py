@@ -11,6 +11,7 @@ with another. D hidden size, H query heads, G key/value heads, K head width, F M
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,10 +103,16 @@ def quantized(llm: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     for name, (first, last, own) in stacks(recipe, total).items():
         stack = jax.tree.map(lambda p, first=first, last=last: p[first:last], layers)
         for site in own.sites if own is not None else ():
-
-            def one(parameters: dict[str, jax.Array], site: str = site) -> dict[str, jax.Array]:
-                return fp8.store(native_kernel(site, parameters.get), INPUTS[site])[0]._asdict()
-
-            stack[f"fp8_{site}"] = jax.lax.map(one, {name: stack.pop(name) for name in PARAMETERS[site]})
+            stack[f"fp8_{site}"] = _stored(site, {name: stack.pop(name) for name in PARAMETERS[site]})
         llm[name] = stack
     return llm
+
+
+@partial(jax.jit, static_argnums=0)  # traced and lowered once for all stacks that are alike
+def _stored(site: str, parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A site's parameters of a stack [L, ...] -> its kernels in FP8."""
+
+    def one(layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return fp8.store(native_kernel(site, layer.get), INPUTS[site])[0]._asdict()
+
+    return jax.lax.map(one, parameters)

@@ -336,7 +336,7 @@ def test_each_layer_and_key_drops_out_otherwise(rate):
     assert np.any(drawn[0] != drawn[2])
     np.testing.assert_array_equal(_hidden(model, None)[1], _hidden(_tiny(), None)[1])
     seen = []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         patch.setattr(jax.random, "bernoulli", lambda rng, p, shape: seen.append(rng) or jnp.ones(shape, bool))
         patch.setattr("neva_jax.models.llama.scan_layers", _by_hand)
         model(*_inputs(), rng=jax.random.key(0))
