@@ -32,8 +32,9 @@ from neva_jax.parallel.processes import add_process_arguments, connected, same_c
 from neva_jax.precision import fp8_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training import ema
+from neva_jax.training.ahead import compile_ahead, step_shapes
 from neva_jax.training.checkpoint import Checkpoints
-from neva_jax.training.checkpoint_meta import Meta, available_components, newest_step, read_meta
+from neva_jax.training.checkpoint_meta import Meta, available_components, newest_step, read_data, read_meta
 from neva_jax.training.disk import probe
 from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.host_memory import Reservation, allow_large_saves
@@ -191,15 +192,38 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         RunLog(config.log, run_dir, start, config.train.steps, config) if peers.first else SilentLog() as log,
         Trace(config.profile if peers.first else ProfileConfig(), run_dir, log.say) as trace,
     ):
+        # --- the rows, which workers make while the state is read
+        progress = {"samples": 0} if resumed is None else read_data(step_dir)
+        samples = resumed_samples(progress, plans, train_rows)
+
+        def stream_after(step: int) -> Watched:
+            left = (config.train.steps - step) * config.train.global_batch
+            return batches(train_rows, config, tokenizer, samples, left, plans, share)
+
+        stream = stream_after(start)
+        known_bad = peers.exchange(log.bad_rows)[0]
+        bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
+
+        # --- the step, which is compiled meanwhile
+        packed, chunk = config.data.pack, config.train.loss_chunk
+        judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
+        options = fp8_recipe.compiler_options(
+            fp8_recipe.make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap
+        )
+        whole = whole_graphdef(config, mesh, quantize_frozen)
+        shapes = step_shapes(config, mesh, abstract, abstract_moments, accumulate)
+        train_step = make_train_step(
+            *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
+            *(*judged_by, options, layout_of(shapes[0]), apply_updates, config.train.labelled_positions, whole),
+        )
+        compiling = compile_ahead(train_step, mesh, shapes)
+
         # --- state: resumed, or fresh
         if resumed is None:
             params = initialise_parameters(config, abstract, sources, log.say)
             moments = initialise_optimizer(optimizer, {name: params[name] for name in trained}, abstract_moments)
-            progress = {"samples": 0}
         else:
-            params, moments, progress = checkpoints.restore(
-                start, {name: abstract[name] for name in contents}, abstract_moments
-            )
+            params, moments = checkpoints.restore(start, {name: abstract[name] for name in contents}, abstract_moments)
             elsewhere = {name: abstract[name] for name in COMPONENTS if name not in contents}
             params |= load_parameters(config, elsewhere, sources)
             log.say(f"resumed from step {start}")
@@ -233,31 +257,11 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         if config.precision.compute.startswith("fp8"):
             log.say(fp8_recipe.describe(config, mesh.size, config.precision.fp8.quantize_frozen and quantize_frozen))
 
-        # --- the rows, and the programs that they feed
         for line in said:
             log.say(line)
-        samples = resumed_samples(progress, plans, train_rows)
         if resumed is not None and peers.first:
             _write_config(run_dir, config)  # not before it may go on
-
-        def stream_after(step: int) -> Watched:
-            left = (config.train.steps - step) * config.train.global_batch
-            return batches(train_rows, config, tokenizer, samples, left, plans, share)
-
-        stream = stream_after(start)
-        known_bad = peers.exchange(log.bad_rows)[0]
-        bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
-        packed, chunk = config.data.pack, config.train.loss_chunk
         guard = Guard(config.guard, train_rows, log.say, log.skipped_step, progress.get("guard"))
-        judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
-        options = fp8_recipe.compiler_options(
-            fp8_recipe.make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap
-        )
-        whole = whole_graphdef(config, mesh, quantize_frozen)
-        train_step = make_train_step(
-            *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *(*judged_by, options, layout_of(state), apply_updates, config.train.labelled_positions, whole),
-        )
         validation = None
         if val_rows is not None:
             validation = Validation(
@@ -317,8 +321,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             if step is None:
                 raise RunError(f"no checkpoint to go back to from step {to.step}; a smaller checkpoint.every makes one")
             state = None  # never two of them
-            params, moments, progress = checkpoints.restore(step, abstract_trained, abstract_moments)
-            state = state_of(params, moments, progress, read_meta(checkpoints.directory / str(step)))
+            params, moments = checkpoints.restore(step, abstract_trained, abstract_moments)
+            step_dir = checkpoints.directory / str(step)
+            state = state_of(params, moments, read_data(step_dir), read_meta(step_dir))
             samples = to.samples
             for at in [at for at in val_losses if at > step]:
                 del val_losses[at]
@@ -328,6 +333,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             log.say(f"back to step {step}; its next rows are those after step {to.step}")
             return step
 
+        compiling.join()
         reservation.wait(unless=lambda: stop.signal is not None)
         if reservation.said:
             log.say(reservation.said)

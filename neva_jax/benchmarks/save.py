@@ -125,7 +125,7 @@ def _row(name: str, config: Config, tokenizer: Tokenizer, folder: Path, repeats:
             _say(name, f"save {step} was complete after {total[-1]:.1f} s")
         del state
         begun = time.monotonic()
-        jax.block_until_ready(checkpoints.restore(step, params, moments)[:2])
+        jax.block_until_ready(checkpoints.restore(step, params, moments))
         restored = time.monotonic() - begun
         _say(name, f"restored in {restored:.1f} s")
         step_dir = checkpoints.directory / str(step)

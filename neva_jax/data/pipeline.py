@@ -238,7 +238,7 @@ def batches(
 
     The stream depends on (seed, configuration, index) alone: the number of workers changes only the speed, and that of
     processes only who reads which of its rows (`share`). The last batch is padded by going on in the order, so that
-    every batch is whole.
+    every batch is whole. Workers start, and batches are made, before the first is asked for.
 
     Raises:
       UserError: `first_sample` is within a packed row.

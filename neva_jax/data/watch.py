@@ -1,6 +1,6 @@
 """A stream of batches that ends in an error, never in silence, when what makes them is gone or stuck.
 
-Grain's own iterator runs in a thread; whoever asks for a batch waits for that thread and looks around meanwhile:
+Grain's own iterator runs in a thread at once; who asks for a batch waits for that thread and looks around meanwhile:
 
     a worker has died      its exit status says so, half a second later at most, whatever batch was its next
     nothing comes          after `timeout` seconds, with what the workers are doing
@@ -95,7 +95,7 @@ class Watched(Iterator):
         self._ready: queue.Queue = queue.Queue(maxsize=1)
         self._left = threading.Event()
         weakref.finalize(self, self._left.set)
-        self._thread = threading.Thread(target=_pump, args=(stream, self._ready, self._left), daemon=True)
+        threading.Thread(target=_pump, args=(stream, self._ready, self._left), daemon=True).start()
 
     def __next__(self) -> Any:
         """The next batch.
@@ -106,8 +106,6 @@ class Watched(Iterator):
         """
         if self._left.is_set():
             raise StopIteration
-        if self._thread.ident is None:
-            self._thread.start()
         started = time.monotonic()
         while True:
             self._check_processes()

@@ -4,23 +4,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from neva_jax.checks import check_mesh
 from neva_jax.config import Config
-from neva_jax.derived import dropout_seed, frozen_components, trained_components
+from neva_jax.derived import dropout_seed, trained_components
 from neva_jax.errors import UserError
-from neva_jax.parallel.mesh import make_mesh, replicated
+from neva_jax.parallel.mesh import make_mesh
 from neva_jax.parallel.target import compiling_for, described_gpus, target_devices
-from neva_jax.planning.trace import batch_shapes
-from neva_jax.precision import fp8
 from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
-from neva_jax.training.guard import guard_state
+from neva_jax.training.ahead import step_shapes
 from neva_jax.training.optimizer import learning_rate, make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
-from neva_jax.training.shortcuts import abstract_prefix, whole_graphdef
-from neva_jax.training.step import TrainState, layout_of, make_train_step
+from neva_jax.training.shortcuts import whole_graphdef
+from neva_jax.training.step import layout_of, make_train_step
 
 
 @dataclass(frozen=True)
@@ -78,34 +75,23 @@ def compile_step(config: Config, sizes: dict[str, int], target: str | None = Non
 def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lowered:
     """The train step as train.py makes it, from shapes."""
 
-    def everywhere(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
-
     accumulate = check_mesh(config, sizes)
     graphdef, parameters = abstract_parameters(config, mesh)
     trained = {name: parameters[name] for name in trained_components(config.model)}
-    frozen = {name: parameters[name] for name in frozen_components(config.model)}
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer, apply_updates = place_updates(optimizer, trained, config.mesh.zero1)
-    recipe = make_recipe(config, mesh.size)
-    scales = jax.eval_shape(lambda: fp8.initial_state(recipe, trained=not config.model.llm.freeze))
-    numbers = everywhere((np.int32(0), guard_state(config.guard, None), scales))
-    state = TrainState(numbers[0], trained, moments, numbers[1], fp8=numbers[2])
-    if config.optimizer.ema_decay is not None:
-        state = state._replace(ema=trained)
+    shapes = step_shapes(config, mesh, parameters, moments, accumulate)
     judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
     schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
     step = make_train_step(
         *(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config)),
         *judged_by,
-        compiler_options=compiler_options(recipe, config.train.unroll, config.mesh.overlap),
-        layout=layout_of(state),
+        compiler_options=compiler_options(make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap),
+        layout=layout_of(shapes[0]),
         apply_updates=apply_updates,
         labelled=config.train.labelled_positions,
         whole_graphdef=whole_graphdef(config, mesh),
     )
-    prefix = abstract_prefix(config, mesh) if config.train.constant_prefix else None
-    batch = batch_shapes(config, accumulate, config.train.global_batch // accumulate, mesh)
     with jax.set_mesh(mesh):
-        return step.lower(state, frozen, batch, prefix)
+        return step.lower(*shapes)

@@ -38,10 +38,10 @@ from neva_jax.planning.trace import (
     Traced,
     abstract_mesh,
     attention_backend,
-    batch_shapes,
     traced,
 )
 from neva_jax.precision.policy import compute_dtype
+from neva_jax.training.ahead import batch_shapes
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import Parameters, abstract_optimizer, abstract_parameters
 

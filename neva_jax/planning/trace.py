@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
 from neva_jax.config import MESH_AXES, Config, LlmConfig, VisionConfig
-from neva_jax.data.tiles import tiles_per_row
 from neva_jax.derived import (
     all_unrolled,
     dropout_seed,
@@ -33,9 +32,9 @@ from neva_jax.models import layers
 from neva_jax.models.attention import Backends
 from neva_jax.models.layers import Remat
 from neva_jax.models.neva import abstract_model
-from neva_jax.parallel.mesh import spec
 from neva_jax.planning.liveness import Peak, nbytes, peak_bytes
 from neva_jax.precision.policy import compute_dtype, frozen_dtype
+from neva_jax.training.ahead import batch_shapes
 from neva_jax.training.step import Arrays, Parameters, batch_nll, gradients
 
 
@@ -96,22 +95,6 @@ def depends_on_te(config: Config) -> bool:
 def _has_kernel(config: Config) -> bool:
     width = head_dim(config.model.llm)
     return compute_dtype(config.precision) == jnp.bfloat16 and width % 8 == 0 and width <= 128
-
-
-def batch_shapes(config: Config, accumulate: int, rows: int, mesh: jax.sharding.Mesh | None = None) -> Arrays:
-    """A step's batch [A, rows, ...] as shapes, spread over `mesh` if there is one (parallel.mesh.place_batch)."""
-    length, side = config.data.max_length, config.model.vision.image_size
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(None, *spec(("batch",))))
-
-    def array(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((accumulate, rows, *shape), dtype, sharding=sharding)
-
-    names = ("tokens", "targets", "positions", "segment_ids", "image_slots")
-    return {
-        **{name: array((length,), jnp.int32) for name in names},
-        "loss_weights": array((length,), jnp.float32),
-        "images": array((tiles_per_row(config), side, side, 3), jnp.uint8),
-    }
 
 
 def share_of_tensor(config: Config, ways: int) -> Config:

@@ -14,7 +14,6 @@ A save has three parts: the arrays are copied from the device (training waits); 
 manifest is made from what lies there, and `STEP.writing` becomes `STEP`. Only then are older checkpoints deleted.
 """
 
-import json
 import logging
 import shutil
 import threading
@@ -234,8 +233,8 @@ class Checkpoints:
         """The FP8 state of a step onto the shardings of `fp8`, a tree of `jax.ShapeDtypeStruct`."""
         return read_state(self.directory / str(step), {"fp8": fp8})["fp8"]
 
-    def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any, dict]:
-        """The checkpoint of a step: (params, optimizer state, data), straight onto the shardings of the arguments.
+    def restore(self, step: int, params: dict, optimizer: Any) -> tuple[dict, Any]:
+        """The checkpoint of a step: (params, optimizer state), straight onto the shardings of the arguments.
 
         Args:
           params, optimizer: trees of `jax.ShapeDtypeStruct` with shardings; parts of the saved params may be left out.
@@ -245,11 +244,10 @@ class Checkpoints:
         """
         step_dir = self.directory / str(step)
         try:
-            data = json.loads((step_dir / "data" / "metadata").read_text())
             state = read_state(step_dir, {"params": params, "optimizer": optimizer})
         except Exception as error:  # TensorStore raises a bare one
             raise DamagedCheckpoint(f"{step_dir}: cannot be restored ({reason(error)})") from error
-        return state["params"], state["optimizer"], data
+        return state["params"], state["optimizer"]
 
 
 def read_state(step_dir: Path, abstract: Any) -> Any:

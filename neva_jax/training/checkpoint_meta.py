@@ -125,6 +125,18 @@ def read_meta(step_dir: Path) -> Meta:
     return meta
 
 
+def read_data(step_dir: Path) -> dict:
+    """The `data` that a step was saved with.
+
+    Raises:
+      DamagedCheckpoint: it cannot be read.
+    """
+    try:
+        return json.loads((step_dir / "data" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{step_dir}: its data/ cannot be read ({reason(error)})") from None
+
+
 def _migrated(described: dict, path: Path) -> dict:
     """meta.json in today's format.
 
@@ -156,9 +168,10 @@ def verify(step_dir: Path, level: Level, progress: Progress | None = None) -> st
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 count = len(jax.tree.leaves(checkpointer.metadata((step_dir / "state").resolve()).item_metadata.tree))
-            json.loads((step_dir / "data" / "metadata").read_text()) if (step_dir / "data").exists() else None
         except Exception as error:
-            raise DamagedCheckpoint(f"{step_dir}: its state/ or data/ cannot be read ({reason(error)})") from None
+            raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read ({reason(error)})") from None
+        if (step_dir / "data").exists():
+            read_data(step_dir)
         return f"{step_dir}: is of format 1, which had no digests: its {count} arrays are there, their contents unknown"
     check_manifest(step_dir, level, progress)
     return None

@@ -1,6 +1,5 @@
 """Whether a run goes on where it stopped, and whether it may."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.errors import UserError
 from neva_jax.precision import fp8
 from neva_jax.training.checkpoint import Checkpoints
-from neva_jax.training.checkpoint_meta import Meta, newest_step, read_meta, verify
+from neva_jax.training.checkpoint_meta import Meta, newest_step, read_data, read_meta, verify
 from neva_jax.training.manifest import DamagedCheckpoint, Level
 from neva_jax.training.retention import set_aside, steps_in, tidy
 from neva_jax.training.weights import SHAPELESS, differences
@@ -63,8 +62,8 @@ def resumed_meta(
         lambda: _usable_step(folder, config.checkpoint.verify, config.run.allow_fallback, damaged, say)
     )
     meta = read_meta(folder / str(step))
-    data = json.loads((folder / str(step) / "data" / "metadata").read_text())
-    _check_same_run(config, tokenizer, meta, (data.get("rows"), rows), run_dir, say)
+    before = read_data(folder / str(step)).get("rows")
+    _check_same_run(config, tokenizer, meta, (before, rows), run_dir, say)
     for error, bad in zip(damaged, reversed(steps_in(folder)), strict=False):  # not before it may go on
         say(f"{error}; put aside as {set_aside(folder / str(bad)).name}")
     if damaged:

@@ -118,13 +118,13 @@ def abstract_optimizer(
 
     With `zero1` moments are split over `data` too (see `place_updates`).
     """
-    state = jax.eval_shape(optimizer.init, trained)
+    shapes = partial(jax.eval_shape, optimizer.init)  # a device's first array takes 2 seconds
     return optax.tree_utils.tree_map_params(
-        optimizer,
+        shapes,
         lambda leaf, param: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=zero1_sharding(param) if zero1 else param.sharding
         ),
-        state,
+        shapes(trained),
         trained,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
     )

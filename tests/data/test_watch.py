@@ -208,6 +208,19 @@ def test_a_stream_that_ended_stays_ended():
     assert list(watched) == []
 
 
+def test_the_first_batch_is_made_before_it_is_asked_for():
+    """Reading 7B weights takes seconds, in which the workers start."""
+    asked = threading.Event()
+
+    def stream():
+        asked.set()
+        yield 1
+
+    watched = Watched(stream(), 5, Board(0), str)
+    assert asked.wait(5)
+    assert next(watched) == 1
+
+
 def test_a_stream_that_is_slow_but_in_time_is_no_error():
     def slow():
         for i in range(3):

@@ -26,7 +26,7 @@ from neva_jax.errors import RunError, UserError
 from neva_jax.parallel.mesh import one_device_mesh, replicated
 from neva_jax.training import checkpoint, disk
 from neva_jax.training.checkpoint import Checkpoints
-from neva_jax.training.checkpoint_meta import Meta, read_meta, verify
+from neva_jax.training.checkpoint_meta import Meta, read_data, read_meta, verify
 from neva_jax.training.disk import probe
 from neva_jax.training.manifest import DamagedCheckpoint, files_of
 from neva_jax.training.resume import resumed_meta
@@ -253,8 +253,11 @@ def test_a_checkpoint_of_format_1_is_told_and_its_structure_looked_at(run, token
     (line,) = said
     assert re.fullmatch(rf"{step_dir}: is of format 1, which had no digests: its \d+ arrays are there, .*", line)
     (step_dir / "state" / "_METADATA").write_text("{")
-    with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its state/ or data/ cannot be read \("):
+    with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its state/ cannot be read \("):
         resumed_meta(config, tokenizer, folder)
+    (step_dir / "data" / "metadata").write_text("{")
+    with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its data/ cannot be read \("):
+        read_data(step_dir)
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
@@ -481,9 +484,9 @@ def test_nothing_of_a_checkpoint_is_pickled(tokenizer, tmp_path, monkeypatch):
         save(checkpoints, 2, tokenizer)
         checkpoints.wait()
         kernel = jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=replicated(one_device_mesh()))
-        params, _, data = checkpoints.restore(2, {"projector": {"kernel": kernel}}, {})
+        params, _ = checkpoints.restore(2, {"projector": {"kernel": kernel}}, {})
     np.testing.assert_array_equal(params["projector"]["kernel"], jax.random.normal(jax.random.key(2), (1024, 1024)))
-    assert data == {"samples": 2}
+    assert read_data(tmp_path / "checkpoints" / "2") == {"samples": 2}
     read_meta(tmp_path / "checkpoints" / "2")
     # No file is one, either: a pickle of protocol 2 and later begins with 0x80 and its number, and ends with a dot.
     for name in files_of(tmp_path / "checkpoints" / "2"):

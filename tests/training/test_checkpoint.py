@@ -15,7 +15,7 @@ from neva_jax.interop.store import SavedArrays
 from neva_jax.parallel.mesh import one_device_mesh
 from neva_jax.training import checkpoint
 from neva_jax.training.checkpoint import Checkpoints
-from neva_jax.training.checkpoint_meta import Meta, available_components, locate, newest_step
+from neva_jax.training.checkpoint_meta import Meta, available_components, locate, newest_step, read_data
 from neva_jax.training.setup import abstract_parameters
 from neva_jax.training.weights import check_compatible, load_components
 from tests.training.saved import (
@@ -45,10 +45,10 @@ def test_a_state_is_restored_bit_for_bit_onto_any_mesh(saved_on, restored_on, to
         checkpoints.save(3, params, optimizer, data, Meta(3, CONFIG, ALL, None, tokenizer))
     abstract = abstract_state(restored_on())
     with Checkpoints(tmp_path, 2) as checkpoints:
-        restored_params, restored_optimizer, restored_data = checkpoints.restore(3, *abstract)
+        restored_params, restored_optimizer = checkpoints.restore(3, *abstract)
     assert_same((restored_params, restored_optimizer), (params, optimizer))
     assert_placed((restored_params, restored_optimizer), abstract)
-    assert restored_data == data
+    assert read_data(tmp_path / "checkpoints" / "3") == data
     assert {leaf.dtype for leaf in jax.tree.leaves(restored_params["vision"])} == {BF16}
     assert {leaf.dtype for leaf in jax.tree.leaves(restored_params["llm"])} == {FP32}
 
@@ -70,14 +70,14 @@ def test_large_parameters_are_stored_in_pieces_of_a_layer_or_less(saved_on, toke
     assert piece("llm", "layers", "attention_norm", "scale")[0] == 2  # small enough for one
     abstract = abstract_state(eight_devices())
     with Checkpoints(tmp_path, 2) as checkpoints:
-        assert_same(checkpoints.restore(3, *abstract)[:2], (params, optimizer))
+        assert_same(checkpoints.restore(3, *abstract), (params, optimizer))
 
 
 def test_a_part_of_the_parameters_can_be_restored(tokenizer, tmp_path):
     params, optimizer = save(tmp_path, 3, tokenizer)
     abstract_params, abstract_moments = abstract_state(one_device_mesh())
     with Checkpoints(tmp_path, None) as checkpoints:
-        restored, moments, _ = checkpoints.restore(3, {"llm": abstract_params["llm"]}, abstract_moments)
+        restored, moments = checkpoints.restore(3, {"llm": abstract_params["llm"]}, abstract_moments)
     assert_same(restored, {"llm": params["llm"]})
     assert_same(moments, optimizer)
 
@@ -103,10 +103,10 @@ def test_what_was_restored_can_be_saved_by_the_same_manager(tokenizer, tmp_path)
     save(tmp_path, 3, tokenizer)
     abstract = abstract_state(one_device_mesh())
     with Checkpoints(tmp_path, None) as checkpoints:
-        params, optimizer, data = checkpoints.restore(3, *abstract)
-        checkpoints.save(4, params, optimizer, data, Meta(4, CONFIG, ALL, None, tokenizer))
+        params, optimizer = checkpoints.restore(3, *abstract)
+        checkpoints.save(4, params, optimizer, {}, Meta(4, CONFIG, ALL, None, tokenizer))
         checkpoints.wait()
-        assert_same(checkpoints.restore(4, *abstract), (params, optimizer, data))
+        assert_same(checkpoints.restore(4, *abstract), (params, optimizer))
 
 
 def test_saving_takes_the_numbers_of_the_moment(tokenizer, tmp_path):
@@ -118,7 +118,7 @@ def test_saving_takes_the_numbers_of_the_moment(tokenizer, tmp_path):
         checkpoints.save(3, params, optimizer, {}, Meta(3, CONFIG, ALL, None, tokenizer))
         jax.block_until_ready(overwrite(params))  # in place, unless this jax sees that the memory is being read
         checkpoints.wait()
-        restored, _, _ = checkpoints.restore(3, *abstract_state(one_device_mesh()))
+        restored, _ = checkpoints.restore(3, *abstract_state(one_device_mesh()))
     assert_same(restored, expected)
 
 
@@ -153,7 +153,7 @@ def test_an_unfinished_checkpoint_is_neither_the_newest_nor_in_the_way(run, toke
     assert newest_step(run / "checkpoints") == 7
     with Checkpoints(run, None) as checkpoints:
         restored = checkpoints.restore(7, *abstract_state(one_device_mesh()))
-    assert_same(restored[:2], (params, optimizer))
+    assert_same(restored, (params, optimizer))
 
 
 def test_a_step_that_is_not_saved_is_an_error(run, tokenizer):
