@@ -122,15 +122,20 @@ def cost(rows: list[Row]) -> str:
 
 
 def layouts(rows: list[Row]) -> str:
-    """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session."""
+    """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session.
+
+    Exposed communication is that of the fastest traced row of the mesh, which need not be the fastest.
+    """
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]
     alone = [row for row in ours(rows) if row["gpus"] == 1 and "sweep" not in row]
     key = ("gpu", "stage", "model", "precision", "micro_batch", "global_batch", "tokens_computed")
     each = best_of_each(several, *key, *LAYOUT)
     shapes = ("gpu", "stage", "model", "precision", "tokens_computed", "image_px", "micro_batch", "packed")
+    traced = [row for row in several if "exposed_communication_ms" in row]
     for row in sorted(each, key=lambda row: (*map(str, map(row.get, key)), layout(row))):
         single = _fastest_like(row, alone, shapes)
+        trace = _best(other for other in traced if all(other.get(name) == row.get(name) for name in (*key, *LAYOUT)))
         lines.append(
             [
                 f"{row['gpus']} x {card(row)}",
@@ -143,7 +148,7 @@ def layouts(rows: list[Row]) -> str:
                 _ms(row),
                 f"{row['samples_per_s_per_gpu']:.1f}",
                 _gib(row),
-                f"{row['exposed_communication_ms']:.1f}" if "exposed_communication_ms" in row else NOT_MEASURED,
+                NOT_MEASURED if trace is None else f"{trace['exposed_communication_ms']:.1f}",
                 NOT_MEASURED
                 if single is None
                 else f"{row['samples_per_s_per_gpu'] / single['samples_per_s_per_gpu']:.3f}",

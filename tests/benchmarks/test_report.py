@@ -61,14 +61,14 @@ def test_each_layout_has_a_line_of_its_own(folder):
     traced = {"kernels_ms": {"gemm": 100.0}, "busy_ms": 100.0, "idle_ms": 1.0}
     rows = [
         row(**two, samples_per_s_per_gpu=55.0),  # of before `overlap` was there
-        row(**two, samples_per_s_per_gpu=54.0, overlap=False),
-        row(**two, samples_per_s_per_gpu=57.0, overlap=True, **traced),
+        row(**two, samples_per_s_per_gpu=54.0, overlap=False, exposed_communication_ms=7.0),
+        row(**two, samples_per_s_per_gpu=57.0, overlap=True, **traced, exposed_communication_ms=3.0),
         row(**two, samples_per_s_per_gpu=56.0, overlap=True, sequence_parallel=True),
     ]
     report(folder, rows=rows)
-    shown = {(line[4], line[8]) for line in section(folder, "layouts")}
+    shown = {(line[4], line[8], line[10]) for line in section(folder, "layouts")}
     both = "tensor=2, sequence parallel, overlap"
-    assert shown == {("tensor=2", "55.0"), ("tensor=2, overlap", "57.0"), (both, "56.0")}
+    assert shown == {("tensor=2", "55.0", "7.0"), ("tensor=2, overlap", "57.0", "3.0"), (both, "56.0", "not measured")}
     assert section(folder, "kernels")[0][0] == "H200, pretrain 7B, bf16, dots, tensor=2, overlap"
 
 
