@@ -12,10 +12,17 @@ from collections.abc import Sequence
 from neva_jax.benchmarks import attention, report
 from neva_jax.benchmarks import input as input_benchmark
 from neva_jax.benchmarks import save as save_benchmark
+from neva_jax.benchmarks import start as start_benchmark
 from neva_jax.benchmarks import train as train_benchmark
 from neva_jax.errors import CommandParser, exit_with
 
-BENCHMARKS = {"input": input_benchmark, "train": train_benchmark, "attention": attention, "save": save_benchmark}
+BENCHMARKS = {
+    "input": input_benchmark,
+    "train": train_benchmark,
+    "attention": attention,
+    "save": save_benchmark,
+    "start": start_benchmark,
+}
 COMMANDS = {**BENCHMARKS, "report": report}
 
 

@@ -19,6 +19,12 @@ pretrain() { bench --config "$root/configs/pretrain_7b.yaml" --micro-batch 32 "$
 # Samples of 808 tokens, not 806: FP8's products want a multiple of 16 tokens in a micro batch.
 finetune() { bench --config "$root/configs/finetune_7b.yaml" --tokens 808 "$@" model.projector.kind=mlp2x_gelu; }
 
+# The seconds of train to its first step, compiled programs there or not.
+start() {
+  "$python" -m neva_jax.bench start --config "$root/configs/pretrain_7b.yaml" data.max_length=320 train.micro_batch=32 \
+    train.global_batch=32 "$@" model.projector.kind=mlp2x_gelu >>"$out" || echo "failed: start $*" >&2
+}
+
 # Full finetuning on one GPU takes nearly all of an H200.
 finetune_whole() { XLA_PYTHON_CLIENT_MEM_FRACTION=.96 finetune "$@"; }
 
@@ -28,6 +34,8 @@ prefix=(--tokens 345 data.template=llama_2 train.labelled_positions=48 train.con
 if [[ $gpus -eq 1 ]]; then
   one=(--mesh-shape data=1)
   fp8=(--precision fp8_delayed)
+  start
+  start precision.compute=fp8_delayed
   # 100 steps in both precisions, for their losses.
   pretrain "${one[@]}" --tokens 320 --steps 100 "${fp8[@]}"
   pretrain "${one[@]}" --tokens 320 --steps 100
