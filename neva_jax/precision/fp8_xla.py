@@ -101,9 +101,10 @@ def _dot(
     """a and b: (values in FP8, the factor that undoes their scale); dims: those that are summed over."""
     precision = jax.lax.Precision.DEFAULT if fast else jax.lax.Precision.HIGHEST
     if target_devices()[0].platform == "gpu":
-        # The first barrier keeps XLA from taking out the rounding to FP8, the second from adding a residual inside the
-        # product, for which it would be copied first.
-        a, b = jax.lax.optimization_barrier((a, b))
+        # The first barriers keep XLA from taking out the rounding to FP8, the last from adding a residual inside the
+        # product, for which it would be copied first. One for both would have weights wait for activations: over fsdp
+        # no gather could begin before them.
+        a, b = map(jax.lax.optimization_barrier, (a, b))
         a, b = (values.astype(dtype) * inverse.astype(dtype) for values, inverse in (a, b))
         y = jax.lax.dot_general(a, b, (dims, ((), ())), precision=precision, preferred_element_type=dtype)
         return jax.lax.optimization_barrier(y)

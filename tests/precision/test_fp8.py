@@ -5,6 +5,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -451,6 +452,27 @@ def test_what_the_log_says():
     )
     assert "because 1 rows of 808 tokens are no multiple of 16: data.max_length=816" in describe(halves, 2, True)
     assert "padded" not in describe(dataclasses.replace(halves, mesh=MeshConfig("tensor=2")), 2, True)
+
+
+def test_weights_do_not_wait_for_activations(monkeypatch):
+    """On GPUs, over fsdp: what ties both ties the gather of the weights to the activations."""
+    monkeypatch.setattr(fp8_xla, "target_devices", lambda: [SimpleNamespace(platform="gpu")])
+
+    def product(values, inverse, kernel, kernel_inverse):
+        x = fp8_xla.Cast(values, inverse, jnp.float32(0))
+        return fp8_xla.product(x, kernel, kernel_inverse, 1, jnp.bfloat16, True)
+
+    x, kernel, one = jnp.zeros((B, T, D), E4M3), jnp.zeros((F, D), E4M3), jnp.float32(1)
+    jaxpr = jax.make_jaxpr(product)(x, one, kernel, one).jaxpr
+    names = dict(zip(jaxpr.invars, ("x", "x", "kernel", "kernel"), strict=True))
+    sources = {var: {name} for var, name in names.items()}
+    tied = []
+    for equation in jaxpr.eqns:
+        known = set().union(*(sources.get(var, set()) for var in equation.invars if isinstance(var, jex.core.Var)))
+        sources |= dict.fromkeys(equation.outvars, known)
+        if equation.primitive.name == "optimization_barrier":
+            tied.append(known)
+    assert tied == [{"x"}, {"kernel"}, {"x", "kernel"}]  # the last is the product itself
 
 
 def test_products_of_two_halves_are_not_joined(monkeypatch):
