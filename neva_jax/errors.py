@@ -5,10 +5,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
+
+SHORT_LIVED: set[str] = set()  # files that should not outlive this process
 
 
 class UserError(Exception):
@@ -46,33 +49,46 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     0 done; 2 a `UserError`, printed as one line; 1 a `WorkerError` or `RunError`, printed as one line; 128 + signal
     after a stop that was saved (`main` returns it); anything else is a traceback and 1.
     """
-    waits = False  # whether this process would never end by itself
     try:
         status = main()
     except (UserError, WorkerError, RunError, KeyboardInterrupt) as error:
         status, message = ending(error)
         print(message, file=sys.stderr)
-        waits = isinstance(error, WorkerError)  # for a thread that hangs
     except BrokenPipeError:
         # The reader of our output went away (`… | head`): point stdout elsewhere so that the exit is silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except Exception:
-        if not multiprocessing.active_children():
+        if not multiprocessing.active_children() and not _threads():
             raise
         traceback.print_exc()
         status = 1
-    children = multiprocessing.active_children()
-    if children or waits:
-        # What had to be saved is saved; waiting for data workers to finish batches that nobody reads helps nobody.
+    # What had to be saved is saved. Waiting helps nobody: for workers to finish batches that nobody reads, or, after
+    # an error, for threads that compile what will not run, or that hang.
+    if multiprocessing.active_children() or (status and _threads()):
         leave_at_once(status or 0)
     sys.exit(status)
 
 
+def _threads() -> list[threading.Thread]:
+    """Those that Python would wait for at its end."""
+    own = threading.current_thread()
+    return [thread for thread in threading.enumerate() if thread is not own and not thread.daemon]
+
+
+def forget(path: str) -> None:
+    """Deletes a file of `SHORT_LIVED`, if it is still there."""
+    SHORT_LIVED.discard(path)
+    with suppress(OSError):
+        os.unlink(path)
+
+
 def leave_at_once(status: int) -> NoReturn:
-    """Ends this process and its children now, from any thread."""
+    """Ends this process and its children now, from any thread; nothing of `SHORT_LIVED` is left behind."""
     for child in multiprocessing.active_children():
         child.kill()
+    for path in list(SHORT_LIVED):
+        forget(path)
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

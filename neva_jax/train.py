@@ -19,7 +19,7 @@ from neva_jax.configfile import load_config, to_yaml
 from neva_jax.data.bad_rows import BadRowCount
 from neva_jax.data.chat_template import with_chat_template
 from neva_jax.data.encoding import conversation_encoder
-from neva_jax.data.pipeline import SampleMaker, Share, batch_lengths, batches, plan_rows
+from neva_jax.data.pipeline import SampleMaker, Share, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.data.watch import Watched
@@ -32,7 +32,7 @@ from neva_jax.parallel.processes import add_process_arguments, connected, same_c
 from neva_jax.precision import fp8_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training import ema
-from neva_jax.training.ahead import compile_ahead, step_shapes
+from neva_jax.training.ahead import CompiledAhead, step_shapes
 from neva_jax.training.checkpoint import Checkpoints
 from neva_jax.training.checkpoint_meta import Meta, available_components, newest_step, read_data, read_meta
 from neva_jax.training.disk import probe
@@ -216,7 +216,12 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
             *(*judged_by, options, layout_of(shapes[0]), apply_updates, config.train.labelled_positions, whole),
         )
-        compiling = compile_ahead(train_step, mesh, shapes)
+
+        def may_compile() -> bool:
+            reservation.wait(unless=lambda: stop.signal is not None)
+            return stop.signal is None
+
+        ahead = CompiledAhead(train_step, mesh, shapes, may_compile)
 
         # --- state: resumed, or fresh
         if resumed is None:
@@ -257,6 +262,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         if config.precision.compute.startswith("fp8"):
             log.say(fp8_recipe.describe(config, mesh.size, config.precision.fp8.quantize_frozen and quantize_frozen))
 
+        # --- what goes on beside the steps
         for line in said:
             log.say(line)
         if resumed is not None and peers.first:
@@ -275,7 +281,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                 share,
                 log,
             )
-        compiled: set[int] = set()  # lengths
+        lengths_seen: set[int] = set()
         meter, saved, done = Meter(), start, start  # the last step that is saved, and that is done
         save_times = SaveTimes(config.checkpoint.every, config.checkpoint.every_minutes, config.log.every)
         # What was validated after it was saved is known from the log alone.
@@ -333,12 +339,13 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             log.say(f"back to step {step}; its next rows are those after step {to.step}")
             return step
 
-        compiling.join()
-        reservation.wait(unless=lambda: stop.signal is not None)
-        if reservation.said:
-            log.say(reservation.said)
         watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
         with watch as watchdog:
+            watchdog.alive("the step is compiled")
+            while ahead.is_alive() and stop.signal is None:
+                ahead.join(0.1)
+            if reservation.said:
+                log.say(reservation.said)
             # The run may have been killed between saving and validating.
             if start > 0 and validation_due(start) and start not in val_losses:
                 validate_now(start)
@@ -361,11 +368,11 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                 rows_of_batch = partial(map, train_rows.describe, batch.refs)
                 watchdog.goes_on(f"step {step} is computed", rows_of_batch)
                 length = batch.arrays["tokens"].shape[1]
-                compiles = length not in compiled
-                if compiles and len(batch_lengths(config)) > 1:
+                first, first_of_length = not lengths_seen, length not in lengths_seen
+                if first_of_length and length != config.data.max_length:  # that one was compiled ahead
                     log.say(f"step {step}: the first batch of {length} tokens; compiling")
-                compiled.add(length)
-                timed = not compiles or config.log.every == 1  # a step that compiles says nothing of the speed
+                lengths_seen.add(length)
+                timed = not first_of_length or config.log.every == 1  # one that compiles says nothing of the speed
                 with (
                     nullcontext() if timed else meter.paused(state),
                     jax.profiler.StepTraceAnnotation("train", step_num=step),
@@ -373,7 +380,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     began = time.monotonic()
                     arrays = place_batch(mesh, batch.arrays, accumulate)
                     state, metrics = train_step(state, frozen_params, arrays, prefix)
-                    if compiles:
+                    if first_of_length:
                         jax.block_until_ready(metrics)
                 guard.add(step, batch, metrics)
                 samples, done = batch.consumed, step
@@ -381,7 +388,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
                     meter.count(batch)
                 elif step == start + 1:
                     meter = Meter()  # nor does the wait for the first batch
-                if compiles and len(compiled) == 1:
+                if first:
+                    if ahead.error is not None:
+                        log.say(f"the step could not be compiled ahead, but when it was called ({ahead.error!r})")
                     itself = time.monotonic() - began
                     log.say(
                         f"step {step}: the first, {seconds_since_start():.1f} s after the start; itself {itself:.1f} s"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -77,6 +78,12 @@ class LlavaData:
     json: Path
     val_json: Path
     images: Path
+
+
+@pytest.fixture(autouse=True)
+def _stay(monkeypatch) -> None:
+    """A command that ends this process at once, because threads are left, would end the tests: it exits."""
+    monkeypatch.setattr("neva_jax.errors.leave_at_once", sys.exit)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from neva_jax import evaluate, generate, train
+from neva_jax import errors, evaluate, generate, train
 from neva_jax.configfile import load_config
 from neva_jax.errors import UserError, exit_with
 from neva_jax.inference.engine import Engine
@@ -144,10 +144,11 @@ def test_exit_with_passes_the_status_on(returned, status):
     assert ended.value.code == status
 
 
-def test_exit_with_hides_no_defect():
+def test_exit_with_hides_no_defect(monkeypatch):
     def main() -> int:
         raise ZeroDivisionError
 
+    monkeypatch.setattr(errors, "_threads", list)  # of other tests
     with pytest.raises(ZeroDivisionError):
         exit_with(main)
 

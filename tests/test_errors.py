@@ -55,3 +55,30 @@ def test_help_is_no_error(capsys):
     out, err = capsys.readouterr()
     assert "What it does." in out
     assert err == ""
+
+
+STUCK = """
+import os, sys, threading, time
+from neva_jax.errors import SHORT_LIVED, UserError, exit_with
+open(sys.argv[1], "w").close()
+SHORT_LIVED.add(sys.argv[1])
+def main():
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    if sys.argv[2] == "error":
+        raise UserError("key: is wrong")
+    if sys.argv[2] == "defect":
+        raise ZeroDivisionError
+    return 143
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "status", "said"), [
+    ("error", 2, "error: key: is wrong"), ("defect", 1, "ZeroDivisionError"), ("signal", 143, ""),
+])  # fmt: skip
+def test_a_thread_that_hangs_is_not_waited_for_and_no_file_is_left(how, status, said, tmp_path):
+    command = [sys.executable, "-c", STUCK, str(tmp_path / "shared"), how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert done.stderr.rstrip().endswith(said)
+    assert list(tmp_path.iterdir()) == []

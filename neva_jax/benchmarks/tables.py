@@ -124,7 +124,7 @@ def cost(rows: list[Row]) -> str:
 def layouts(rows: list[Row]) -> str:
     """Meshes of several GPUs against the fastest row of one GPU: same card, shapes and session.
 
-    Exposed communication is that of the fastest traced row of the mesh, which need not be the fastest.
+    Exposed communication is that of the fastest traced row of the mesh, which may be of another session.
     """
     lines = []
     several = [row for row in ours(rows) if row["gpus"] > 1]

@@ -33,6 +33,7 @@ from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.data.transport import BUFFER, PLACES, Transport
 from neva_jax.data.watch import THREADS, Board, Watched
 from neva_jax.derived import image_tokens
+from neva_jax.errors import forget
 from neva_jax.parallel.peers import ALONE, Peers
 
 ARRAYS = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "image_slots", "images")
@@ -266,7 +267,7 @@ def batches(
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER)
         transport = Transport(workers, len(share.rows) * row_bytes(config))
-        become = partial(_become_worker, board, transport)
+        become = partial(_become_worker, board, transport, os.getpid())
         dataset = dataset.map(transport.put).mp_prefetch(options, worker_init_fn=become).map(transport.take)
     stream = iter(dataset)
     if workers:
@@ -358,8 +359,9 @@ class _Agreed(Watched):
         )
 
 
-def _become_worker(board: Board, transport: Transport, index: int, count: int) -> None:
-    """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends.
+def _become_worker(board: Board, transport: Transport, parent: int, index: int, count: int) -> None:
+    """Leaves signals to the main process, which saves and then closes its workers; ends with it, however it ends, and
+    takes away the files that it may have left.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM reach the whole process group: a worker that died of one would leave
     the main process waiting for its batch.
@@ -368,11 +370,14 @@ def _become_worker(board: Board, transport: Transport, index: int, count: int) -
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
     transport.enter(index)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    paths = [path for path in (board.path, transport.path) if path is not None]
+    threading.Thread(target=_end_with, args=(parent, paths), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process within a second of its parent."""
+def _end_with(parent: int, paths: Sequence[str]) -> None:
+    """Ends this process within a second of its parent, which may have ended before it was here; `paths` are deleted."""
     while os.getppid() == parent:
         time.sleep(1)
+    for path in paths:
+        forget(path)
     os._exit(1)

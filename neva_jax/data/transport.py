@@ -16,10 +16,11 @@ import tempfile
 import time
 import weakref
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from neva_jax.errors import SHORT_LIVED, forget
 
 BUFFER = 2  # batches that Grain holds for a worker in its queue, and as many again in the main process
 PLACES = 2 * BUFFER + 4  # those, and one each that is written, sent, received, copied: a worker never waits for a place
@@ -51,7 +52,8 @@ class Transport:
             handle, self.path = tempfile.mkstemp(prefix="neva_jax-batches-", dir=_folder(total))
             os.ftruncate(handle, total)  # memory is taken where it is written
             os.close(handle)
-            weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
+            SHORT_LIVED.add(self.path)
+            weakref.finalize(self, forget, self.path)
         content = np.memmap(self.path, np.uint8, "r+", shape=(total,)).view(np.ndarray)
         self._used = content[: workers * PLACES].reshape(workers, PLACES)
         self._entered = content[workers * PLACES :][:workers]
@@ -80,7 +82,7 @@ class Transport:
     def take(self, parcel: Parcel) -> Any:
         """In the main process: the batch with its arrays, whose place is then free."""
         if self.path is not None and self._entered.all():
-            Path(self.path).unlink(missing_ok=True)
+            forget(self.path)
             self.path = None
         views = self._views(parcel.worker, parcel.place, parcel.arrays)
         arrays = {name: view.copy() for name, view in views.items()}

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from neva_jax.errors import WorkerError
+from neva_jax.errors import SHORT_LIVED, WorkerError, forget
 
 THREADS = 2  # reading threads of a worker
 POLL = 0.25  # seconds
@@ -47,7 +47,8 @@ class Board:
             handle, self.path = tempfile.mkstemp(prefix="neva_jax-workers-")
             os.close(handle)
             self._lines = np.memmap(self.path, np.float64, "w+", shape=(workers, THREADS, 3))
-            weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
+            SHORT_LIVED.add(self.path)
+            weakref.finalize(self, forget, self.path)
         self._lines[:, :, 1] = -1
 
     def __reduce__(self) -> tuple:
@@ -56,7 +57,7 @@ class Board:
     def close(self) -> None:
         """Takes the file away as soon as all workers have it; what ends all at once cannot do so."""
         if self.path is not None and self._lines[:, 0, 0].all():
-            Path(self.path).unlink(missing_ok=True)
+            forget(self.path)
             self.path = None
 
     def enter(self, worker: int) -> None:
@@ -90,11 +91,13 @@ class Watched(Iterator):
 
     def __init__(self, stream: Iterator, timeout: float, board: Board, describe: Callable[[int], str]):
         self.timeout, self.board, self.describe = timeout, board, describe
-        self._before = {process.pid for process in multiprocessing.active_children()}
         self._processes: dict[int, Any] = {}
         self._ready: queue.Queue = queue.Queue(maxsize=1)
         self._left = threading.Event()
         weakref.finalize(self, self._left.set)
+        before = {process.pid for process in multiprocessing.active_children()}
+        self._look = functools.partial(_look, before, self._processes, board)
+        threading.Thread(target=_look_on, args=(self._look, self._left), daemon=True).start()
         threading.Thread(target=_pump, args=(stream, self._ready, self._left), daemon=True).start()
 
     def __next__(self) -> Any:
@@ -123,11 +126,8 @@ class Watched(Iterator):
             raise error
 
     def _check_processes(self) -> None:
-        for process in multiprocessing.active_children():
-            if process.pid not in self._before and process.name.startswith(PROCESS_NAME):
-                self._processes.setdefault(process.pid, process)
-        self.board.close()
-        for pid, process in self._processes.items():
+        self._look()
+        for pid, process in list(self._processes.items()):
             if process.exitcode:
                 raise WorkerError(f"{self._name(pid)} {_death(process.exitcode)}{self._making(pid)}")
 
@@ -144,8 +144,9 @@ class Watched(Iterator):
     def state(self) -> str:
         """How many batches are ready, and the row that each worker is making, for a message."""
         lines = [f"{self._ready.qsize()} of {self._ready.maxsize} batches ready"]
-        names = {number: self._name(pid) for pid in self._processes if (number := self.board.number(pid)) is not None}
-        states = {number: _state(pid) for pid in self._processes if (number := self.board.number(pid)) is not None}
+        known = {number: pid for pid in list(self._processes) if (number := self.board.number(pid)) is not None}
+        names = {number: self._name(pid) for number, pid in known.items()}
+        states = {number: _state(pid) for number, pid in known.items()}
         for worker in range(max(self.board.workers, 1)):
             rows = self.board.rows(worker)
             doing = f"at {self.describe(rows[0][0])} for {rows[0][1]:.0f} s" if rows else "making no row"
@@ -159,13 +160,27 @@ class Watched(Iterator):
             rows = self.board.rows(0)
             return text + "".join(f"; {self.describe(row)} has been read for {age:.0f} s" for row, age in rows[:1])
         doing = []
-        for pid in self._processes:
+        for pid in list(self._processes):
             state, number = _state(pid), self.board.number(pid)
             rows = self.board.rows(number) if number is not None else []
             if state or (rows and rows[0][1] > self.timeout / 2):
                 at = f" has been at {self.describe(rows[0][0])} for {rows[0][1]:.0f} s" if rows else " makes no row"
                 doing.append(f"{self._name(pid)}{f', {state},' if state else ''}{at}")
         return f"{text}: {'; '.join(doing) or 'the workers are slow, but not stuck; set a longer one'}"
+
+
+def _look(before: set[int], processes: dict[int, Any], board: Board) -> None:
+    """Puts the workers that have begun since `before` into `processes`: who is dead is no child any more."""
+    for process in multiprocessing.active_children():
+        if process.pid not in before and process.name.startswith(PROCESS_NAME):
+            processes.setdefault(process.pid, process)
+    board.close()
+
+
+def _look_on(look: Callable[[], None], left: threading.Event) -> None:
+    """The first batch may be asked for long after the workers have begun."""
+    while not left.wait(POLL):
+        look()
 
 
 def _pump(stream: Iterator, ready: queue.Queue, left: threading.Event) -> None:

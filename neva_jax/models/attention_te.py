@@ -17,9 +17,8 @@ from transformer_engine.jax.attention import (
     SequenceDescriptor,
     fused_attn,
 )
-from transformer_engine.jax.sharding import MeshResource, global_shard_guard
 
-NO_MESH = MeshResource()
+from neva_jax.precision.te import one_device
 
 
 def ragged(
@@ -68,12 +67,12 @@ def _forward(
             window_size=None if window is None else (window - 1, 0),
         )
 
-    with global_shard_guard(NO_MESH):
+    with one_device():
         return jax.vjp(call, q, k, v)
 
 
 def _backward(segments: int, window: int | None, back: Callable, g: jax.Array) -> tuple[jax.Array | None, ...]:
-    with global_shard_guard(NO_MESH):
+    with one_device():
         return *back(g), None, None
 
 

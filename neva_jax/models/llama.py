@@ -47,7 +47,7 @@ def _run(
 ) -> tuple[tuple[jax.Array, ...], LayerCache | None]:
     """A layer for the parts [B, T, D] of a batch, in turn -> (their x [B, T, D] or [B, N, D], the cache of the last).
 
-    A function of its own to JAX: layers that are alike are traced, differentiated and lowered once.
+    A function of its own to JAX: layers that are alike are traced, differentiated and lowered once in a process.
 
     Args:
       graphdef, parameters: the layer (`Block`), split.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
-from neva_jax.errors import UserError, WorkerError
+from neva_jax.errors import UserError, WorkerError, leave_at_once
 
 T = TypeVar("T")
 POLL = 0.25  # seconds between looks at the clock
@@ -78,7 +78,7 @@ def leave(index: int, status: int, message: str) -> NoReturn:
     sys.stdout.flush()
     # One write: lines of processes that end together do not mix.
     os.write(2, text.encode())
-    os._exit(status)
+    leave_at_once(status)
 
 
 class Star(Peers):

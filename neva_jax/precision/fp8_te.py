@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 from transformer_engine.jax import cpp_extensions as te
 from transformer_engine.jax.quantize import CurrentScaleQuantizer, DelayedScaleQuantizer, QuantizeLayout, ScalingMode
-from transformer_engine.jax.sharding import MeshResource, global_shard_guard
 
 from neva_jax.precision import fp8_pallas, fp8_xla
 from neva_jax.precision.fp8_xla import Cast, cast, norm_grad, outer, product
+from neva_jax.precision.te import one_device
 
 __all__ = ["cast", "heads_grad_cast", "norm_cast", "norm_grad", "outer", "product", "swiglu_cast", "swiglu_grad_cast"]
 
 SWIGLU = ("silu", "linear")
-NO_MESH = MeshResource()
 ONE_DEVICE = True  # see `fp8._by_part`
 
 
@@ -56,7 +55,7 @@ def _cast(tensor: Any, quantizer: Any, shape: tuple[int, ...]) -> Cast:
 def norm_cast(x: jax.Array, gamma: jax.Array, eps: float, scale: jax.Array | None, dtype: Any) -> Cast:
     """See `fp8_xla.norm_cast`."""
     quantizer = _quantizer(scale, dtype)
-    with global_shard_guard(NO_MESH):
+    with one_device():
         tensor, _, _ = te.normalization_fwd(
             x.reshape(-1, x.shape[-1]), gamma.astype(x.dtype), None, False, eps, "rmsnorm", quantizer
         )
@@ -78,7 +77,7 @@ def swiglu_cast(halves: jax.Array, scale: jax.Array | None, dtype: Any) -> Cast:
         return fp8_xla.swiglu_cast(halves, scale, dtype)
     quantizer = _quantizer(scale, dtype)
     rows = halves.reshape(-1, *halves.shape[-2:])
-    with global_shard_guard(NO_MESH):
+    with one_device():
         tensor = te.act_lu(rows, SWIGLU, quantizer=quantizer)
     return _cast(tensor, quantizer, (*halves.shape[:-2], halves.shape[-1]))
 
@@ -89,7 +88,7 @@ def swiglu_grad_cast(dy: jax.Array, halves: jax.Array, scale: jax.Array | None, 
         return fp8_xla.swiglu_grad_cast(dy, halves, scale, dtype)
     quantizer = _quantizer(scale, dtype)
     rows = halves.reshape(-1, *halves.shape[-2:])
-    with global_shard_guard(NO_MESH):
+    with one_device():
         tensor, _ = te.quantize_dact_dbias(
             dy.reshape(-1, dy.shape[-1]), rows, activation_type=SWIGLU, is_dbias=False, quantizer=quantizer
         )

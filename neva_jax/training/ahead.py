@@ -2,7 +2,7 @@
 and not their sum."""
 
 import threading
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,16 +61,25 @@ def batch_shapes(config: Config, accumulate: int, rows: int, mesh: Mesh | None =
     }
 
 
-def compile_ahead(step: Any, mesh: Mesh, shapes: tuple) -> threading.Thread:
-    """Begins to compile a jitted step for `shapes`; called after the thread has ended, it compiles no more.
+class CompiledAhead(threading.Thread):
+    """Compiles a jitted step for `shapes`; once this has ended, a call with such arguments compiles no more.
 
-    What goes wrong is left to that call.
+    What goes wrong (`error`) is left to that call, which meets it again unless it was the thread's own.
     """
 
-    def compile_it() -> None:
-        with suppress(Exception), jax.set_mesh(mesh):
-            step.lower(*shapes).compile()
+    def __init__(self, step: Any, mesh: Mesh, shapes: tuple, ready: Callable[[], bool] = lambda: True):
+        """`ready` is asked between tracing and compiling, and may wait: XLA times kernels. False: do not compile."""
+        super().__init__(name="compile")
+        self.error: Exception | None = None
+        self._step, self._mesh, self._shapes, self._ready = step, mesh, shapes, ready
+        self.start()
 
-    thread = threading.Thread(target=compile_it, name="compile")
-    thread.start()
-    return thread
+    def run(self) -> None:
+        """The thread."""
+        try:
+            with jax.set_mesh(self._mesh):
+                lowered = self._step.lower(*self._shapes)
+                if self._ready():
+                    lowered.compile()
+        except Exception as error:
+            self.error = error

@@ -126,15 +126,16 @@ def read_meta(step_dir: Path) -> Meta:
 
 
 def read_data(step_dir: Path) -> dict:
-    """The `data` that a step was saved with.
+    """The item `data` of a checkpoint step; empty where there is none (it was converted, not trained).
 
     Raises:
       DamagedCheckpoint: it cannot be read.
     """
+    path = step_dir / "data" / "metadata"
     try:
-        return json.loads((step_dir / "data" / "metadata").read_text())
+        return json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{step_dir}: its data/ cannot be read ({reason(error)})") from None
+        raise DamagedCheckpoint(f"{path}: is broken ({error!r})") from None
 
 
 def _migrated(described: dict, path: Path) -> dict:
@@ -170,8 +171,7 @@ def verify(step_dir: Path, level: Level, progress: Progress | None = None) -> st
                 count = len(jax.tree.leaves(checkpointer.metadata((step_dir / "state").resolve()).item_metadata.tree))
         except Exception as error:
             raise DamagedCheckpoint(f"{step_dir}: its state/ cannot be read ({reason(error)})") from None
-        if (step_dir / "data").exists():
-            read_data(step_dir)
+        read_data(step_dir)
         return f"{step_dir}: is of format 1, which had no digests: its {count} arrays are there, their contents unknown"
     check_manifest(step_dir, level, progress)
     return None

@@ -10,7 +10,7 @@ from neva_jax.config import COMPONENTS
 from neva_jax.derived import trained_components
 from neva_jax.errors import UserError
 from neva_jax.files import readable
-from neva_jax.training.checkpoint_meta import Meta, available_components, read_meta, verify
+from neva_jax.training.checkpoint_meta import Meta, available_components, read_data, read_meta, verify
 from neva_jax.training.manifest import DamagedCheckpoint, Level, Progress, size_of
 from neva_jax.training.retention import steps_in
 from neva_jax.training.weights import saved_shapes
@@ -46,15 +46,6 @@ def examine(step_dir: Path, level: Level, progress: Progress | None = None) -> F
     except DamagedCheckpoint as error:
         return Finding("damaged", str(error))
     return Finding("good") if note is None else Finding("no digests", note)
-
-
-def read_data(step_dir: Path) -> dict:
-    """The item `data` of a checkpoint; empty where there is none (it was converted, not trained)."""
-    path = step_dir / "data" / "metadata"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path}: is broken ({error!r})") from None
 
 
 def val_losses(dirs: list[Path]) -> dict[int, float]:

@@ -62,8 +62,10 @@ def resumed_meta(
         lambda: _usable_step(folder, config.checkpoint.verify, config.run.allow_fallback, damaged, say)
     )
     meta = read_meta(folder / str(step))
-    before = read_data(folder / str(step)).get("rows")
-    _check_same_run(config, tokenizer, meta, (before, rows), run_dir, say)
+    data = read_data(folder / str(step))
+    if "samples" not in data:
+        raise DamagedCheckpoint(f"{folder / str(step)}: its data/ does not say how many samples are consumed")
+    _check_same_run(config, tokenizer, meta, (data.get("rows"), rows), run_dir, say)
     for error, bad in zip(damaged, reversed(steps_in(folder)), strict=False):  # not before it may go on
         say(f"{error}; put aside as {set_aside(folder / str(bad)).name}")
     if damaged:

@@ -221,6 +221,58 @@ def test_the_first_batch_is_made_before_it_is_asked_for():
     assert next(watched) == 1
 
 
+KILL_BEFORE_IT_IS_ASKED = """
+    import multiprocessing, os, signal, sys, time
+    from neva_jax.configfile import load_config
+    from neva_jax.data.pipeline import batches
+    from neva_jax.data.sources import Sources
+    from neva_jax.data.tokenizer import Tokenizer
+    from neva_jax.errors import WorkerError
+
+    if __name__ == "__main__":
+        config = load_config(None, sys.argv[1:])
+        sources = Sources(config.data, "train", 0, shuffle=True)
+        stream = batches(sources, config, Tokenizer.from_file(config.model.tokenizer), 0, 800)
+        while not stream._ready.full():
+            time.sleep(0.1)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        while multiprocessing.active_children():
+            time.sleep(0.1)
+        try:
+            while True:
+                next(stream)
+        except WorkerError as error:
+            print(error, flush=True)
+        os._exit(0)
+"""
+
+
+def test_a_worker_that_died_before_a_batch_was_asked_for_is_named(small_overrides, tmp_path):
+    done = run_script(tmp_path, KILL_BEFORE_IT_IS_ASKED, *small_overrides, "data.workers=1")
+    assert done.stdout.startswith("data worker 0 of 1 (process "), done.stderr
+    assert "was killed by SIGKILL" in done.stdout
+
+
+LATE = """
+    import sys, time
+    from neva_jax.data.pipeline import _become_worker
+    from neva_jax.data.transport import Transport
+    from neva_jax.data.watch import Board
+
+    board, transport = Board(1), Transport(1, 64)
+    print(board.path, transport.path, flush=True)
+    _become_worker(board, transport, int(sys.argv[1]), 0, 1)
+    time.sleep(1000)
+"""
+
+
+def test_a_worker_whose_parent_ended_before_it_had_begun_ends_too(tmp_path):
+    done = run_script(tmp_path, LATE, str(2**22 + 1))  # nobody's
+    assert done.returncode == 1
+    assert [path for path in done.stdout.split() if Path(path).exists()] == []
+
+
 def test_a_stream_that_is_slow_but_in_time_is_no_error():
     def slow():
         for i in range(3):

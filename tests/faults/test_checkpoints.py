@@ -256,7 +256,7 @@ def test_a_checkpoint_of_format_1_is_told_and_its_structure_looked_at(run, token
     with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its state/ cannot be read \("):
         resumed_meta(config, tokenizer, folder)
     (step_dir / "data" / "metadata").write_text("{")
-    with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}: its data/ cannot be read \("):
+    with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}/data/metadata: is broken \("):
         read_data(step_dir)
 
 

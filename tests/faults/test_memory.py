@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.test_signals import at_step_3
 
-# As the allocator of a GPU says it, at the n-th call of the step: the first compiles.
+# As the allocator of a GPU says it, at the n-th call of the step.
 EXHAUSTED = """
 import jax
 make = train.make_train_step
@@ -22,7 +22,7 @@ train.make_train_step = make_train_step
 """
 
 
-@pytest.mark.parametrize("call", [1, 5], ids=["compile", "run"])
+@pytest.mark.parametrize("call", [1, 5], ids=["first", "later"])
 def test_a_device_without_memory_is_shown_the_plan_and_its_knobs(call, run):
     ended = run(before=EXHAUSTED.format(call=call))
     assert ended.status == 1, ended.stderr

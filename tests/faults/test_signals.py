@@ -67,6 +67,22 @@ def test_a_second_signal_ends_at_once_even_where_the_main_thread_hangs(run, tmp_
         assert "that process is gone, the lock is taken over" in finished.stderr
 
 
+WHILE_IT_IS_COMPILED = """
+import os, signal, time
+from neva_jax.training.ahead import CompiledAhead
+def run(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1000)
+CompiledAhead.run = run
+"""
+
+
+def test_a_signal_does_not_wait_for_the_compiler(run):
+    stopped = run(before=WHILE_IT_IS_COMPILED)
+    assert stopped.status == 143, stopped.stderr
+    assert said(stopped.dir)[-1] == "stopped by signal 15 before step 1; the same command continues"
+
+
 def test_a_signal_to_the_whole_group_leaves_the_workers_to_the_run(run):
     stopped = run("data.workers=1", before=at_step_3("os.killpg(0, signal.SIGUSR1)"))
     assert stopped.status == 143, stopped.stderr

@@ -19,7 +19,7 @@ from tests.faults.conftest import said
 
 ROOT = Path(__file__).parent.parent.parent
 
-# The first step, which compiles, has all the time that it needs.
+# The first step, before which is compiled, has all the time that it needs.
 SHORT = """
 from neva_jax.training.watchdog import Watchdog
 alive = Watchdog.alive
@@ -115,6 +115,19 @@ def make_train_step(*arguments):
     return train_step
 train.make_train_step = make_train_step
 """
+
+
+HUNG_COMPILER = """
+import time
+from neva_jax.training.ahead import CompiledAhead
+CompiledAhead.run = lambda self: time.sleep(1000)
+"""
+
+
+def test_a_compilation_that_never_ends_does(run):
+    hung = run("guard.step_timeout=3", before=HUNG_COMPILER)
+    assert hung.status == 1, hung.stderr
+    assert "no step has been completed for guard.step_timeout=3 s: the step is compiled" in hung.stderr
 
 
 def test_a_device_that_never_answers_ends_the_run_with_its_checkpoint_as_it_was(run):
