@@ -217,9 +217,13 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
             *(*judged_by, options, layout_of(shapes[0]), apply_updates, config.train.labelled_positions, whole),
         )
 
+        def unwanted() -> bool:
+            # Other processes would wait for this one's share of the timing of kernels.
+            return stop.signal is not None and jax.process_count() == 1
+
         def may_compile() -> bool:
             reservation.wait(unless=lambda: stop.signal is not None)
-            return stop.signal is None
+            return not unwanted()
 
         ahead = CompiledAhead(train_step, mesh, shapes, may_compile)
 
@@ -342,7 +346,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         watch = Watchdog(config.guard.step_timeout, run_dir / "log.txt", lambda: stream.state(), save_if_possible)
         with watch as watchdog:
             watchdog.alive("the step is compiled")
-            while ahead.is_alive() and stop.signal is None:
+            while ahead.is_alive() and not unwanted():
                 ahead.join(0.1)
             if reservation.said:
                 log.say(reservation.said)

@@ -62,10 +62,8 @@ def resumed_meta(
         lambda: _usable_step(folder, config.checkpoint.verify, config.run.allow_fallback, damaged, say)
     )
     meta = read_meta(folder / str(step))
-    data = read_data(folder / str(step))
-    if "samples" not in data:
-        raise DamagedCheckpoint(f"{folder / str(step)}: its data/ does not say how many samples are consumed")
-    _check_same_run(config, tokenizer, meta, (data.get("rows"), rows), run_dir, say)
+    before = read_data(folder / str(step)).get("rows")
+    _check_same_run(config, tokenizer, meta, (before, rows), run_dir, say)
     for error, bad in zip(damaged, reversed(steps_in(folder)), strict=False):  # not before it may go on
         say(f"{error}; put aside as {set_aside(folder / str(bad)).name}")
     if damaged:
@@ -198,8 +196,11 @@ def resumed_samples(progress: dict[str, Any], plans: Plans | None, rows: Sources
     """Samples that the run has consumed; within an epoch, they are known only together with the plan of their rows.
 
     Raises:
+      DamagedCheckpoint: they are not known.
       UserError: another plan than the one that the run began the epoch with.
     """
+    if "samples" not in progress:
+        raise DamagedCheckpoint("the checkpoint's data/metadata does not say how many samples are consumed")
     samples, plan = progress["samples"], None if plans is None else plans.digest
     if samples % rows.epoch_size and progress.get("plan") != plan:
         raise UserError(
