@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-SHORT_LIVED: set[str] = set()  # files that should not outlive this process
+_SHORT_LIVED: set[str] = set()  # files that should not outlive this process
 
 
 class UserError(Exception):
@@ -76,18 +77,24 @@ def _threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread is not own and not thread.daemon]
 
 
+def ends_with(owner: object, path: str) -> None:
+    """The file is deleted when `owner` is collected, or when this process ends by way of `exit_with`."""
+    _SHORT_LIVED.add(path)
+    weakref.finalize(owner, forget, path)
+
+
 def forget(path: str) -> None:
-    """Deletes a file of `SHORT_LIVED`, if it is still there."""
-    SHORT_LIVED.discard(path)
+    """Deletes a file of `ends_with`, if it is still there."""
+    _SHORT_LIVED.discard(path)
     with suppress(OSError):
         os.unlink(path)
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """Ends this process and its children now, from any thread; nothing of `SHORT_LIVED` is left behind."""
+    """Ends this process and its children now, from any thread; no file of `ends_with` is left behind."""
     for child in multiprocessing.active_children():
         child.kill()
-    for path in list(SHORT_LIVED):
+    for path in list(_SHORT_LIVED):
         forget(path)
     with suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -23,7 +23,7 @@ from neva_jax.data.pipeline import SampleMaker, Share, batches, plan_rows
 from neva_jax.data.sources import Sources
 from neva_jax.data.tokenizer import Tokenizer
 from neva_jax.data.watch import Watched
-from neva_jax.derived import derived_comment, dropout_seed, frozen_components, parse_mesh_shape, trained_components
+from neva_jax.derived import derived_comment, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, RunError, UserError, WorkerError, exit_with
 from neva_jax.models import attention
 from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
@@ -32,7 +32,7 @@ from neva_jax.parallel.processes import add_process_arguments, connected, same_c
 from neva_jax.precision import fp8_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training import ema
-from neva_jax.training.ahead import CompiledAhead, step_shapes
+from neva_jax.training.ahead import CompiledAhead, configured_step, step_shapes
 from neva_jax.training.checkpoint import Checkpoints
 from neva_jax.training.checkpoint_meta import Meta, available_components, newest_step, read_data, read_meta
 from neva_jax.training.disk import probe
@@ -40,7 +40,7 @@ from neva_jax.training.guard import Guard, Rollback, guard_state
 from neva_jax.training.host_memory import Reservation, allow_large_saves
 from neva_jax.training.meter import Meter, seconds_since_start
 from neva_jax.training.metrics import RunLog, SilentLog, check_loggers, count_bad_rows
-from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.out_of_memory import is_out_of_memory, out_of_memory
 from neva_jax.training.profiling import Trace
 from neva_jax.training.resume import changes, resumed_fp8_state, resumed_meta, resumed_samples, tidied
@@ -61,7 +61,7 @@ from neva_jax.training.setup import (
 )
 from neva_jax.training.shortcuts import compute_prefix, prefix_tokens, whole_graphdef
 from neva_jax.training.signals import StopRequest
-from neva_jax.training.step import TrainState, layout_of, make_eval_step, make_train_step
+from neva_jax.training.step import TrainState, make_eval_step
 from neva_jax.training.validation import Validation
 from neva_jax.training.watchdog import Watchdog
 from neva_jax.training.weights import load_components
@@ -141,7 +141,6 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
     mesh = make_mesh(sizes)
     graphdef, abstract = abstract_parameters(config, mesh)
     trained, frozen = trained_components(config.model), frozen_components(config.model)
-    schedule = learning_rate(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract_trained = {name: abstract[name] for name in trained}
     abstract_moments = abstract_optimizer(optimizer, abstract_trained, mesh, config.mesh.zero1)
@@ -205,17 +204,12 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
 
         # --- the step, which is compiled meanwhile
-        packed, chunk = config.data.pack, config.train.loss_chunk
-        judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
         options = fp8_recipe.compiler_options(
             fp8_recipe.make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap
         )
         whole = whole_graphdef(config, mesh, quantize_frozen)
         shapes = step_shapes(config, mesh, abstract, abstract_moments, accumulate)
-        train_step = make_train_step(
-            *(graphdef, optimizer, schedule, chunk, packed, dropout_seed(config)),
-            *(*judged_by, options, layout_of(shapes[0]), apply_updates, config.train.labelled_positions, whole),
-        )
+        train_step = configured_step(config, graphdef, optimizer, apply_updates, shapes[0], options, whole)
 
         def unwanted() -> bool:
             # Other processes would wait for this one's share of the timing of kernels.
@@ -275,7 +269,9 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         validation = None
         if val_rows is not None:
             validation = Validation(
-                make_eval_step(graphdef if whole is None else whole, chunk, packed, options),
+                make_eval_step(
+                    graphdef if whole is None else whole, config.train.loss_chunk, config.data.pack, options
+                ),
                 val_rows,
                 val_plans,
                 BadRowCount(val_rows, config.data, "val", known_bad),

@@ -59,9 +59,9 @@ def test_help_is_no_error(capsys):
 
 STUCK = """
 import os, sys, threading, time
-from neva_jax.errors import SHORT_LIVED, UserError, exit_with
-open(sys.argv[1], "w").close()
-SHORT_LIVED.add(sys.argv[1])
+from neva_jax.errors import UserError, ends_with, exit_with
+file = open(sys.argv[1], "w")
+ends_with(file, sys.argv[1])
 def main():
     threading.Thread(target=time.sleep, args=(1000,)).start()
     if sys.argv[2] == "error":

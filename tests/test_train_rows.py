@@ -98,7 +98,7 @@ def test_a_run_with_shortcuts_has_the_losses_of_one_without(start, tmp_path):
 def test_each_bucket_is_compiled_once(start, tmp_path, monkeypatch):
     """And the losses are those of one length."""
     steps = []
-    make = train.make_train_step
+    make = train.configured_step
 
     def remember(*arguments):
         steps.append(make(*arguments))
@@ -110,7 +110,7 @@ def test_each_bucket_is_compiled_once(start, tmp_path, monkeypatch):
         placed.append(arrays["tokens"].shape[1])
         return place(mesh, arrays, accumulate)
 
-    monkeypatch.setattr(train, "make_train_step", remember)
+    monkeypatch.setattr(train, "configured_step", remember)
     monkeypatch.setattr(train, "place_batch", note)
     plain = ["train.global_batch=1", "train.micro_batch=1", "train.steps=12", "data.val=[]", "checkpoint.every=100"]
     assert start("one", *plain) == 0
@@ -121,6 +121,6 @@ def test_each_bucket_is_compiled_once(start, tmp_path, monkeypatch):
     compiling = [line for line in said(tmp_path / "buckets") if "compiling" in line]
     lengths = [int(line.split(" tokens")[0].split()[-1]) for line in compiling]
     assert sorted(lengths) == sorted(set(placed) - {192})  # of the longest nothing is said: it was compiled ahead
-    assert len(set(placed)) >= 2
+    assert set(placed) <= {110, 150, 192} and len(set(placed)) >= 2
     # Its first call is cached twice, for the state that was made elsewhere: what counts is the difference.
     assert steps[1]._cache_size() - steps[0]._cache_size() == len(set(placed)) - 1

@@ -32,9 +32,10 @@ HELP = "how long a run takes from its start to its first step, with and without 
 FIRST = re.compile(r"step 1: the first, ([0-9.]+) s after the start; itself ([0-9.]+) s")
 WHERE = re.compile(r"; mesh (\S+) on (.+); \w+$", re.MULTILINE)
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "grain")
+RANDOM = ["model.init_from=null", "model.allow_random_frozen=true"]
 # A checkpoint of all weights; a projector's moments are the smallest that a run has.
 WEIGHTS = [
-    *("model.init_from=null", "model.allow_random_frozen=true", "checkpoint.contents=full"),
+    *(*RANDOM, "checkpoint.contents=full"),
     *("model.vision.freeze=true", "model.projector.freeze=false", "model.llm.freeze=true"),
     *("train.steps=1", "optimizer.warmup_steps=0", "optimizer.constant_steps=0", "run.compile_cache=off"),
 ]
@@ -61,7 +62,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise UserError(f"--{name} must be above 0, not {getattr(options, name):g}")
     if options.dir is not None and not Path(options.dir).is_dir():
         raise UserError(f"--dir {options.dir}: no such directory")
-    config = load_config(options.config, [*options.overrides, *WEIGHTS[:2]])
+    config = load_config(options.config, [*options.overrides, *RANDOM])
     check_numbers(config)
     with tempfile.TemporaryDirectory(prefix="neva_jax-start-", dir=options.dir) as name:
         folder = Path(name)

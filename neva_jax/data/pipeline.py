@@ -370,11 +370,10 @@ def _become_worker(board: Board, transport: Transport, parent: int, index: int, 
         signal.signal(number, signal.SIG_IGN)
     board.enter(index)
     transport.enter(index)
-    paths = [path for path in (board.path, transport.path) if path is not None]
-    threading.Thread(target=_end_with, args=(parent, paths), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent, board.path, transport.path), daemon=True).start()
 
 
-def _end_with(parent: int, paths: Sequence[str]) -> None:
+def _end_with(parent: int, *paths: str) -> None:
     """Ends this process within a second of its parent, which may have ended before it was here; `paths` are deleted."""
     while os.getppid() == parent:
         time.sleep(1)

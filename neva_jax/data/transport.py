@@ -14,13 +14,12 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from neva_jax.errors import SHORT_LIVED, forget
+from neva_jax.errors import ends_with, forget
 
 BUFFER = 2  # batches that Grain holds for a worker in its queue, and as many again in the main process
 PLACES = 2 * BUFFER + 4  # those, and one each that is written, sent, received, copied: a worker never waits for a place
@@ -52,8 +51,7 @@ class Transport:
             handle, self.path = tempfile.mkstemp(prefix="neva_jax-batches-", dir=_folder(total))
             os.ftruncate(handle, total)  # memory is taken where it is written
             os.close(handle)
-            SHORT_LIVED.add(self.path)
-            weakref.finalize(self, forget, self.path)
+            ends_with(self, self.path)
         content = np.memmap(self.path, np.uint8, "r+", shape=(total,)).view(np.ndarray)
         self._used = content[: workers * PLACES].reshape(workers, PLACES)
         self._entered = content[workers * PLACES :][:workers]

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from neva_jax.errors import SHORT_LIVED, WorkerError, forget
+from neva_jax.errors import WorkerError, ends_with, forget
 
 THREADS = 2  # reading threads of a worker
 POLL = 0.25  # seconds
@@ -47,8 +47,7 @@ class Board:
             handle, self.path = tempfile.mkstemp(prefix="neva_jax-workers-")
             os.close(handle)
             self._lines = np.memmap(self.path, np.float64, "w+", shape=(workers, THREADS, 3))
-            SHORT_LIVED.add(self.path)
-            weakref.finalize(self, forget, self.path)
+            ends_with(self, self.path)
         self._lines[:, :, 1] = -1
 
     def __reduce__(self) -> tuple:
@@ -97,7 +96,8 @@ class Watched(Iterator):
         weakref.finalize(self, self._left.set)
         before = {process.pid for process in multiprocessing.active_children()}
         self._look = functools.partial(_look, before, self._processes, board)
-        threading.Thread(target=_look_on, args=(self._look, self._left), daemon=True).start()
+        if board.workers:
+            threading.Thread(target=_look_on, args=(self._look, self._left), daemon=True).start()
         threading.Thread(target=_pump, args=(stream, self._ready, self._left), daemon=True).start()
 
     def __next__(self) -> Any:

@@ -8,16 +8,15 @@ from jax.sharding import Mesh
 
 from neva_jax.checks import check_mesh
 from neva_jax.config import Config
-from neva_jax.derived import dropout_seed, trained_components
+from neva_jax.derived import trained_components
 from neva_jax.errors import UserError
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.parallel.target import compiling_for, described_gpus, target_devices
 from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
-from neva_jax.training.ahead import step_shapes
-from neva_jax.training.optimizer import learning_rate, make_optimizer
+from neva_jax.training.ahead import configured_step, step_shapes
+from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
 from neva_jax.training.shortcuts import whole_graphdef
-from neva_jax.training.step import layout_of, make_train_step
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ def compile_step(config: Config, sizes: dict[str, int], target: str | None = Non
 
 def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lowered:
     """The train step as train.py makes it, from shapes."""
-
     accumulate = check_mesh(config, sizes)
     graphdef, parameters = abstract_parameters(config, mesh)
     trained = {name: parameters[name] for name in trained_components(config.model)}
@@ -82,16 +80,8 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer, apply_updates = place_updates(optimizer, trained, config.mesh.zero1)
     shapes = step_shapes(config, mesh, parameters, moments, accumulate)
-    judged_by = config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every
-    schedule, chunk = learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk
-    step = make_train_step(
-        *(graphdef, optimizer, schedule, chunk, config.data.pack, dropout_seed(config)),
-        *judged_by,
-        compiler_options=compiler_options(make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap),
-        layout=layout_of(shapes[0]),
-        apply_updates=apply_updates,
-        labelled=config.train.labelled_positions,
-        whole_graphdef=whole_graphdef(config, mesh),
-    )
+    options = compiler_options(make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap)
+    whole = whole_graphdef(config, mesh)
+    step = configured_step(config, graphdef, optimizer, apply_updates, shapes[0], options, whole)
     with jax.set_mesh(mesh):
         return step.lower(*shapes)

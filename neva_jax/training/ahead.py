@@ -8,18 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from neva_jax.config import Config
 from neva_jax.data.tiles import tiles_per_row
-from neva_jax.derived import frozen_components, trained_components
+from neva_jax.derived import dropout_seed, frozen_components, trained_components
 from neva_jax.parallel.mesh import replicated, spec
 from neva_jax.precision import fp8
 from neva_jax.precision.fp8_recipe import make_recipe
 from neva_jax.training.guard import guard_state
+from neva_jax.training.optimizer import learning_rate
 from neva_jax.training.setup import Parameters
 from neva_jax.training.shortcuts import Arrays, Prefix, abstract_prefix
-from neva_jax.training.step import TrainState
+from neva_jax.training.step import TrainState, layout_of, make_train_step
 
 
 def step_shapes(
@@ -59,6 +62,29 @@ def batch_shapes(config: Config, accumulate: int, rows: int, mesh: Mesh | None =
         "loss_weights": array((length,), jnp.float32),
         "images": array((tiles_per_row(config), side, side, 3), jnp.uint8),
     }
+
+
+def configured_step(
+    config: Config,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    apply_updates: Callable[[Parameters, Parameters], Parameters],
+    state: TrainState,
+    compiler_options: dict[str, Any] | None,
+    whole_graphdef: nnx.GraphDef | None,
+) -> Callable[[TrainState, Parameters, Arrays, Prefix | None], tuple[TrainState, Arrays]]:
+    """`training.step.make_train_step` with what the configuration decides.
+
+    Args:
+      optimizer, apply_updates: as `setup.place_updates` returns them.
+      state: the state, or its shapes.
+    """
+    return make_train_step(
+        *(graphdef, optimizer, learning_rate(config.optimizer, config.train.steps), config.train.loss_chunk),
+        *(config.data.pack, dropout_seed(config)),
+        *(config.guard.spike_factor, config.optimizer.ema_decay, config.optimizer.ema_every),
+        *(compiler_options, layout_of(state), apply_updates, config.train.labelled_positions, whole_graphdef),
+    )
 
 
 class CompiledAhead(threading.Thread):

@@ -29,7 +29,7 @@ from neva_jax.training.checkpoint import Checkpoints
 from neva_jax.training.checkpoint_meta import Meta, read_data, read_meta, verify
 from neva_jax.training.disk import probe
 from neva_jax.training.manifest import DamagedCheckpoint, files_of
-from neva_jax.training.resume import resumed_meta
+from neva_jax.training.resume import resumed_meta, resumed_samples
 from neva_jax.training.weights import load_components
 from tests.faults.conftest import checkpoints as steps
 from tests.faults.conftest import rows, state
@@ -258,6 +258,9 @@ def test_a_checkpoint_of_format_1_is_told_and_its_structure_looked_at(run, token
     (step_dir / "data" / "metadata").write_text("{")
     with pytest.raises(DamagedCheckpoint, match=rf"^{step_dir}/data/metadata: is broken \("):
         read_data(step_dir)
+    (step_dir / "data" / "metadata").unlink()
+    with pytest.raises(DamagedCheckpoint, match="data/metadata does not say how many samples are consumed"):
+        resumed_samples(read_data(step_dir), None, None)
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from tests.faults.test_signals import at_step_3
 # As the allocator of a GPU says it, at the n-th call of the step.
 EXHAUSTED = """
 import jax
-make = train.make_train_step
-def make_train_step(*arguments):
+make = train.configured_step
+def configured_step(*arguments):
     real, calls = make(*arguments), []
     def train_step(*given):
         calls.append(None)
@@ -18,7 +18,7 @@ def make_train_step(*arguments):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\\nmore\\nlines")
         return real(*given)
     return train_step
-train.make_train_step = make_train_step
+train.configured_step = configured_step
 """
 
 

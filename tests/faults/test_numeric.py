@@ -42,7 +42,7 @@ def poison(monkeypatch):
 @pytest.fixture
 def watched(monkeypatch):
     """(state before, state after, metrics) of every step, on the host."""
-    real, seen = train.make_train_step, []
+    real, seen = train.configured_step, []
 
     def make(*arguments):
         step = real(*arguments)
@@ -55,7 +55,7 @@ def watched(monkeypatch):
 
         return train_step
 
-    monkeypatch.setattr(train, "make_train_step", make)
+    monkeypatch.setattr(train, "configured_step", make)
     return seen
 
 

@@ -19,7 +19,7 @@ from tests.faults.conftest import said
 
 ROOT = Path(__file__).parent.parent.parent
 
-# The first step, before which is compiled, has all the time that it needs.
+# Compiling and the first step have all the time that they need.
 SHORT = """
 from neva_jax.training.watchdog import Watchdog
 alive = Watchdog.alive
@@ -96,27 +96,6 @@ def test_a_stopped_worker_is_named_by_the_loader_else_and_what_is_done_is_saved(
     assert f"all is saved up to step {step}" in said(hung.dir)
 
 
-HUNG_DEVICE = """
-import time
-import jax, numpy as np
-make = train.make_train_step
-def hang(step):
-    if step == 5:
-        time.sleep(1000)
-    return step
-def make_train_step(*arguments):
-    real = make(*arguments)
-    @jax.jit
-    def slow(step):
-        return jax.pure_callback(hang, jax.ShapeDtypeStruct((), np.int32), step)
-    def train_step(*given):
-        state, metrics = real(*given)
-        return state._replace(step=slow(state.step)), metrics | {"loss": metrics["loss"] + 0 * slow(state.step)}
-    return train_step
-train.make_train_step = make_train_step
-"""
-
-
 HUNG_COMPILER = """
 import time
 from neva_jax.training.ahead import CompiledAhead
@@ -128,6 +107,27 @@ def test_a_compilation_that_never_ends_does(run):
     hung = run("guard.step_timeout=3", before=HUNG_COMPILER)
     assert hung.status == 1, hung.stderr
     assert "no step has been completed for guard.step_timeout=3 s: the step is compiled" in hung.stderr
+
+
+HUNG_DEVICE = """
+import time
+import jax, numpy as np
+make = train.configured_step
+def hang(step):
+    if step == 5:
+        time.sleep(1000)
+    return step
+def configured_step(*arguments):
+    real = make(*arguments)
+    @jax.jit
+    def slow(step):
+        return jax.pure_callback(hang, jax.ShapeDtypeStruct((), np.int32), step)
+    def train_step(*given):
+        state, metrics = real(*given)
+        return state._replace(step=slow(state.step)), metrics | {"loss": metrics["loss"] + 0 * slow(state.step)}
+    return train_step
+train.configured_step = configured_step
+"""
 
 
 def test_a_device_that_never_answers_ends_the_run_with_its_checkpoint_as_it_was(run):

@@ -104,9 +104,11 @@ def test_what_was_restored_can_be_saved_by_the_same_manager(tokenizer, tmp_path)
     abstract = abstract_state(one_device_mesh())
     with Checkpoints(tmp_path, None) as checkpoints:
         params, optimizer = checkpoints.restore(3, *abstract)
-        checkpoints.save(4, params, optimizer, {}, Meta(4, CONFIG, ALL, None, tokenizer))
+        data = read_data(checkpoints.directory / "3")
+        checkpoints.save(4, params, optimizer, data, Meta(4, CONFIG, ALL, None, tokenizer))
         checkpoints.wait()
         assert_same(checkpoints.restore(4, *abstract), (params, optimizer))
+        assert read_data(checkpoints.directory / "4") == data
 
 
 def test_saving_takes_the_numbers_of_the_moment(tokenizer, tmp_path):
