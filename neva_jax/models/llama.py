@@ -92,7 +92,7 @@ class Llama(nnx.Module):
         recipe: Recipe | None = None,
     ):
         rows, init = padded_vocab(config), normal(config.init_std)
-        self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "embed"), init)
+        self.embedding = param(rngs, (rows, config.hidden_size), ("vocab", "columns"), init)
         self.recipe = recipe
         for name, (start, end, own) in stacks(recipe, config.num_layers).items():
             stored = own.sites if own is not None and own.stored else ()
@@ -107,8 +107,8 @@ class Llama(nnx.Module):
         """tokens [B, T] i32 -> [B, T, D] in the compute dtype."""
         # The table is split over fsdp by its columns, and looked up where it lies: only rows that are wanted travel.
         tokens = constrain(tokens, "rows", "length")
-        table = constrain(self.embedding[...].astype(self.dtype), "vocab", "embed")
-        x = constrain(jnp.take(table, tokens, axis=0), "rows", "length", "embed")
+        table = constrain(self.embedding[...].astype(self.dtype), "vocab", "columns")
+        x = constrain(jnp.take(table, tokens, axis=0), "rows", "length", "columns")
         return constrain(x, "batch", "length", "features")
 
     def __call__(

@@ -5,7 +5,7 @@ each dimension lives; changing a layout means changing a line here.
 
     mesh axis   what it splits
     data        rows of the batch; parameters are copies (their moments may be split: `zero1`)
-    fsdp        rows of the batch, and the embedding dimension of parameters
+    fsdp        rows of the batch, and parameters (which dimension of them: `_variable_sharding`)
     tensor      heads, MLP width and vocabulary; with sequence parallelism the residual stream's rows (or length) too
 
 `data` is outermost: its groups lie on different hosts where there are several, and those of `tensor` on one. Which
@@ -38,6 +38,7 @@ LOGICAL_AXES: dict[str, str | tuple[str, ...] | None] = {
     # of parameters; heads, kv_heads, mlp and vocab of activations as well
     "layers": None,
     "embed": "fsdp",
+    "columns": "fsdp",  # the embedding dimension of a table whose rows are looked up
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -170,9 +171,22 @@ def shardings(mesh: Mesh, variables: nnx.State) -> dict:
 
 
 def _variable_sharding(mesh: Mesh, path: tuple, variable: nnx.Variable) -> NamedSharding:
+    """What the table says; but `fsdp` splits a dimension before `embed`, if there is one to split.
+
+    Parts of the first dimension are gathered one behind the other. Those of another must be put in place: XLA gathers
+    them transposed and, where a product wants them as they were (FP8's), transposes the whole once more.
+    """
     axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
     assert len(axes) == len(shape), (path, axes, shape)
     parts = list(spec(axes))
+    if "embed" in axes and mesh.shape["fsdp"] > 1:
+        embed = axes.index("embed")
+        for i in range(axes[0] == "layers", embed):
+            if _ways(mesh.shape, parts[i]) > 1:
+                break  # nothing behind it lies in one piece
+            if shape[i] % mesh.shape["fsdp"] == 0:
+                parts[i], parts[embed] = "fsdp", None
+                break
     for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
         split = _ways(mesh.shape, parts[i])
         if axis in GROUPED and split % size == 0 and split > size:

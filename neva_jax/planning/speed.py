@@ -162,7 +162,7 @@ def _transfers(plan: Estimate) -> Iterator[tuple[str, str, str, float]]:
     gathered = reduced = whole = encoder = 0.0
     for name, tree in plan.layout.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            split = "fsdp" in leaf.sharding.spec
+            split = any("fsdp" in (part or ()) for part in leaf.sharding.spec)
             count = float(np.prod(leaf.sharding.shard_shape(leaf.shape)))
             held = count * item
             gathered += count * fsdp * _gathered_bytes(config, name, path[0].key, leaf, item) if split else 0.0

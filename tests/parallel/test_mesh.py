@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
         (("batch", "length", "kv_heads", "head_dim"), P(("data", "fsdp"), None, "tensor", None)),
         (("batch", "length", "mlp"), P(("data", "fsdp"), None, "tensor")),
         (("layers", "embed", "heads", "head_dim"), P(None, "fsdp", "tensor", None)),
-        (("vocab", "embed"), P("tensor", "fsdp")),
+        (("vocab", "columns"), P("tensor", "fsdp")),
         (("patch", "embed"), P(None, "fsdp")),
         (("position", "embed"), P(None, "fsdp")),
         (("layers", "norm"), P(None, None)),
@@ -132,7 +133,7 @@ TO_HEADS, FROM_HEADS = P(None, "fsdp", "tensor", None), P(None, "tensor", None, 
 
 EXPECTED = {
     "vision.class_token": WHOLE,
-    "vision.patch": P(None, "fsdp"),
+    "vision.patch": P("fsdp", None),
     "vision.position": P(None, "fsdp"),
     **{f"vision.{norm}.{part}": WHOLE for norm in ("pre_norm", "post_norm") for part in ("scale", "bias")},
     **{
@@ -181,7 +182,7 @@ def test_where_every_parameter_lives():
     ("sizes", "shapes"),
     [
         ({"data": 8}, {"llm.embedding": (40, 32), "llm.layers.q": (2, 32, 4, 8), "llm.layers.down": (2, 48, 32)}),
-        ({"fsdp": 8}, {"llm.embedding": (40, 4), "llm.layers.q": (2, 4, 4, 8), "llm.layers.down": (2, 48, 4)}),
+        ({"fsdp": 8}, {"llm.embedding": (40, 4), "llm.layers.q": (2, 4, 4, 8), "llm.layers.down": (2, 6, 32)}),
         (
             {"fsdp": 2, "tensor": 4},
             {"llm.embedding": (10, 16), "llm.layers.q": (2, 16, 1, 8), "llm.layers.down": (2, 12, 16)},
@@ -196,11 +197,32 @@ def test_what_one_device_holds(sizes, shapes):
 
 
 @pytest.mark.parametrize(
+    ("shape", "axes", "sizes", "expected"),
+    [
+        ((2, 6, 16), ("layers", "mlp", "embed"), {"fsdp": 2}, P(None, "fsdp", None)),
+        ((2, 6, 16), ("layers", "mlp", "embed"), {"fsdp": 4}, P(None, "tensor", "fsdp")),  # 6 does not divide
+        ((2, 6, 16), ("layers", "mlp", "embed"), {"fsdp": 2, "tensor": 2}, P(None, "tensor", "fsdp")),
+        ((2, 6, 8, 16), ("layers", "heads", "head_dim", "embed"), {"fsdp": 4}, P(None, "tensor", "fsdp", None)),
+        ((6, 8, 16), ("heads", "head_dim", "embed"), {"fsdp": 2, "tensor": 2}, P("tensor", None, "fsdp")),
+        ((2, 12, 16), (None, "mlp", "embed"), {"fsdp": 2, "tensor": 2}, P("fsdp", "tensor", None)),
+        ((2, 12, 16), (None, "mlp", "embed"), {"fsdp": 4}, P(None, "fsdp", None)),
+        ((2, 12, 16), (None, "mlp", "embed"), {"fsdp": 4, "tensor": 2}, P(None, "tensor", "fsdp")),
+        ((2, 16, 6), ("layers", "embed", "mlp"), {"fsdp": 2}, P(None, "fsdp", "tensor")),
+        ((40, 16), ("vocab", "columns"), {"fsdp": 2}, P("tensor", "fsdp")),
+    ],
+)
+def test_fsdp_splits_what_is_gathered_in_one_piece(shape, axes, sizes, expected):
+    variable = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
+    found = shardings(mesh_of(**sizes), nnx.State({"kernel": variable}))
+    assert found["kernel"].spec == expected
+
+
+@pytest.mark.parametrize(
     ("config", "sizes", "message"),
     [
         (tiny_config(vocab=42), {"tensor": 4}, r"vocab=42 of llm\.(embedding \(42, 32\)|head \(32, 42\)) .* tensor=4"),
         (tiny_config(), {"tensor": 8}, r"(kv_)?heads=4 of (vision|llm)\.layers\.\w+ .* tensor=8"),
-        (tiny_config(), {"fsdp": 3}, r"embed=(16|32) of .* .* fsdp=3"),
+        (tiny_config(), {"fsdp": 3}, r"(embed|columns)=(16|32) of .* .* fsdp=3"),
     ],
 )
 def test_a_dimension_that_does_not_divide_is_named(config, sizes, message):
