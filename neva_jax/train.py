@@ -26,6 +26,7 @@ from neva_jax.data.watch import Watched
 from neva_jax.derived import derived_comment, frozen_components, parse_mesh_shape, trained_components
 from neva_jax.errors import CommandParser, RunError, UserError, WorkerError, exit_with
 from neva_jax.models import attention
+from neva_jax.parallel.compiler import compiler_options
 from neva_jax.parallel.mesh import make_mesh, own_rows, place_batch, replicated
 from neva_jax.parallel.peers import ALONE, Peers
 from neva_jax.parallel.processes import add_process_arguments, connected, same_configuration
@@ -204,9 +205,7 @@ def run(config: Config, lock: RunLock | None, peers: Peers = ALONE) -> int:
         bad_rows = BadRowCount(train_rows, config.data, "train", known_bad)
 
         # --- the step, which is compiled meanwhile
-        options = fp8_recipe.compiler_options(
-            fp8_recipe.make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap
-        )
+        options = compiler_options(config, mesh.shape["fsdp"])
         whole = whole_graphdef(config, mesh, quantize_frozen)
         shapes = step_shapes(config, mesh, abstract, abstract_moments, accumulate)
         train_step = configured_step(config, graphdef, optimizer, apply_updates, shapes[0], options, whole)

@@ -6,7 +6,7 @@
 Attention and MLP each end in a sum over `tensor`, which the next norm of the same rows waits for; other rows do not.
 XLA finds this order where there is no other (`next_in_turn`), and where no kernel works for two parts at once, because
 it would wait for the sums of both: `shared` and `precision.fp8.copies` hide that two parts use the same small arrays,
-and `precision.fp8_recipe.compiler_options` keeps products apart that have a kernel in common.
+and `parallel.compiler.compiler_options` keeps products apart that have a kernel in common.
 
 B rows, T tokens, D hidden size.
 """

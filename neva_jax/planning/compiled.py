@@ -10,9 +10,9 @@ from neva_jax.checks import check_mesh
 from neva_jax.config import Config
 from neva_jax.derived import trained_components
 from neva_jax.errors import UserError
+from neva_jax.parallel.compiler import compiler_options
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.parallel.target import compiling_for, described_gpus, target_devices
-from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
 from neva_jax.training.ahead import configured_step, step_shapes
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.setup import abstract_optimizer, abstract_parameters, place_updates
@@ -80,7 +80,7 @@ def _lowered(config: Config, sizes: dict[str, int], mesh: Mesh) -> jax.stages.Lo
     moments = abstract_optimizer(optimizer, trained, mesh, config.mesh.zero1)
     optimizer, apply_updates = place_updates(optimizer, trained, config.mesh.zero1)
     shapes = step_shapes(config, mesh, parameters, moments, accumulate)
-    options = compiler_options(make_recipe(config, mesh.size), config.train.unroll, config.mesh.overlap)
+    options = compiler_options(config, sizes["fsdp"])
     whole = whole_graphdef(config, mesh)
     step = configured_step(config, graphdef, optimizer, apply_updates, shapes[0], options, whole)
     with jax.set_mesh(mesh):

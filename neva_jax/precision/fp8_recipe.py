@@ -119,19 +119,6 @@ def _te_problem(config: Config, devices: int) -> str | None:
     return problem()
 
 
-def compiler_options(recipe: Recipe | None, unroll: int, overlap: bool = False) -> dict[str, Any] | None:
-    """What a program with FP8 layers, or with `unroll` layers one after another, is compiled with.
-
-    XLA would try its Triton products too, for minutes (for eight 7B layers in FP8 on an H100 more than 150 s against 5,
-    for eight unrolled ones in bf16 more than 55 s; without, 32 take 16), though cublasLt's are there.
-    With `overlap` (mesh.overlap) it must not join the products of both halves, which have the weights in common.
-    """
-    if target_devices()[0].platform != "gpu":
-        return None
-    options = {} if recipe is None and unroll == 1 else {"xla_gpu_enable_triton_gemm": False}
-    return {**options, **({"xla_gpu_dot_merger_threshold_mb": 0} if overlap else {})}
-
-
 def describe(config: Config, devices: int, stored: bool) -> str:
     """One line for the run's log: backend and why, scaling, layers, frozen weights, and a shape that costs copies."""
     fp8, llm = config.precision.fp8, config.model.llm

@@ -25,8 +25,8 @@ from neva_jax.derived import head_dim, kv_heads
 from neva_jax.errors import UserError
 from neva_jax.models.llama import empty_cache
 from neva_jax.models.llama_layer import LayerCache
+from neva_jax.parallel.compiler import compiler_options
 from neva_jax.parallel.mesh import replicated, ways_of
-from neva_jax.precision.fp8_recipe import compiler_options, make_recipe
 from neva_jax.precision.policy import compute_dtype
 from neva_jax.training.setup import Parameters, abstract_parameters
 
@@ -67,7 +67,7 @@ def compute_prefix(config: Config, mesh: Mesh, params: Parameters, tokens: np.nd
     Args:
       quantize_frozen: as in `abstract_parameters`; how `params` are held.
     """
-    options = compiler_options(make_recipe(config, mesh.size, quantize_frozen), config.train.unroll)
+    options = compiler_options(config, mesh.shape["fsdp"])
     graphdef, _ = abstract_parameters(by_current_scaling(config), mesh, quantize_frozen)
     rows, llm = ways_of(mesh, "batch"), config.model.llm  # one for each group of devices: a batch is split
 

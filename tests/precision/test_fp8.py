@@ -25,8 +25,8 @@ from neva_jax.errors import UserError
 from neva_jax.models.llama_fp8 import stacks
 from neva_jax.models.rotary import rotary_angles, split_rotated
 from neva_jax.parallel.mesh import constrain_stream, make_mesh
-from neva_jax.precision import fp8, fp8_recipe, fp8_xla, te
-from neva_jax.precision.fp8_recipe import SITES, Recipe, compiler_options, describe, make_recipe
+from neva_jax.precision import fp8, fp8_xla, te
+from neva_jax.precision.fp8_recipe import SITES, Recipe, describe, make_recipe
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 TOP = {E4M3: 448.0, E5M2: 57344.0}
@@ -473,12 +473,3 @@ def test_weights_do_not_wait_for_activations(monkeypatch):
         if equation.primitive.name == "optimization_barrier":
             tied.append(known)
     assert tied == [{"x"}, {"kernel"}, {"x", "kernel"}]  # the last is the product itself
-
-
-def test_products_of_two_halves_are_not_joined(monkeypatch):
-    merger = {"xla_gpu_dot_merger_threshold_mb": 0}
-    assert compiler_options(None, 1, overlap=True) is None  # no GPU, no option of its compiler
-    monkeypatch.setattr(fp8_recipe, "target_devices", lambda: [SimpleNamespace(platform="gpu")])
-    assert compiler_options(None, 1, overlap=True) == merger
-    assert compiler_options(CURRENT, 1, overlap=True) == {"xla_gpu_enable_triton_gemm": False, **merger}
-    assert not compiler_options(None, 1)
