@@ -79,19 +79,27 @@ else
   CUDA_VISIBLE_DEVICES=1 pretrain --mesh-shape data=1 --tokens 320 "${fp8[@]}"
   wait
   trace=$(mktemp -d)
-  # FP8's gathers could not be hidden before 2026-11-30 10:17.
-  pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}" --profile "$trace"
-  finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
-  # Two weights in a gather: in the compiled schedule 2 of 66 have no product beside them, not 18 of 115 (bf16, 8 layers).
-  combined=--xla_gpu_all_gather_combine_threshold_bytes=134217728
-  XLA_FLAGS=$combined pretrain --mesh-shape "fsdp=$gpus" --tokens 320
-  XLA_FLAGS=$combined pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
+  # The global batches of the workflow.
+  sized() { pretrain --tokens 320 --micro-batch "$1" --global-batch "$2" --steps "$3" "${@:4}"; }
+  for size in "32 128 10" "64 512 4"; do
+    # shellcheck disable=SC2086
+    for mesh in fsdp data; do
+      sized $size --mesh-shape "$mesh=$gpus"
+      sized $size --mesh-shape "$mesh=$gpus" "${fp8[@]}"
+    done
+    # shellcheck disable=SC2086
+    sized $size --mesh-shape "tensor=$gpus"
+    # shellcheck disable=SC2086
+    sized $size --mesh-shape "tensor=$gpus" "${fp8[@]}" mesh.overlap=true
+  done
+  pretrain --mesh-shape "fsdp=$gpus" --tokens 320
+  pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
   # Gathers by the copy engines.
   zero_cta=--xla_gpu_experimental_enable_nccl_symmetric_buffers=true
-  XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
-  pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}"
   XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 pretrain --mesh-shape "fsdp=$gpus" --tokens 320
-  pretrain --mesh-shape "fsdp=$gpus" --tokens 320
+  XLA_FLAGS=$zero_cta NCCL_CTA_POLICY=2 finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4
+  pretrain --mesh-shape "fsdp=$gpus" --tokens 320 "${fp8[@]}" --profile "$trace"
+  finetune --mesh-shape "fsdp=$gpus" "${unrolled[@]}" --micro-batch 4 --precision fp8_delayed
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}" mesh.overlap=true
   pretrain --mesh-shape "tensor=$gpus" --tokens 320 "${fp8[@]}"
   for mesh in tensor fsdp; do pretrain --mesh-shape "$mesh=$gpus" --tokens 320 --profile "$trace"; done
